@@ -1,0 +1,1 @@
+"""The inference worker: owns one model and streams what it generates over gRPC."""

@@ -1,0 +1,1 @@
+"""The continuous-batching engine. Imports neither grpc nor torch: the model is behind `runner.Runner`."""

@@ -1,0 +1,56 @@
+"""What a caller asks of the engine. Every default of the wire contract is resolved before these are made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. The ranges are those of the wire contract and are checked by the service."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int | None = None  # None keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int = 0  # any 64-bit value
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When a choice ends."""
+
+    max_tokens: int  # 0 only for an echoed prompt
+    stop_sequences: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = (
+        frozenset()
+    )  # the end-of-sequence tokens included, if they count
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParams:
+    """What the deltas carry besides text."""
+
+    logprobs: int | None = None  # None: off; k: the drawn token and the k likeliest
+    echo: bool = False
+    prompt_logprobs: bool = False  # only with echo and logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation: `n` choices from one prompt."""
+
+    request_id: str
+    prompt: tuple[int, ...]  # token ids, at least one
+    stopping: StoppingParams
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    output: OutputParams = field(default_factory=OutputParams)
+    n: int = 1
+    admitted_at: float = field(default_factory=time.monotonic)  # start of the request's timings

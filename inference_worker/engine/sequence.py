@@ -1,0 +1,51 @@
+"""One choice of a request while the engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from inference_worker.engine.choice_output import ChoiceOutput
+from inference_worker.engine.request import Request
+
+
+class State(Enum):
+    """WAITING -> RUNNING -> FINISHED, and back from RUNNING to WAITING on preemption."""
+
+    WAITING = auto()  # holds no blocks
+    RUNNING = auto()  # holds blocks and takes part in steps
+    FINISHED = auto()  # holds no blocks and never runs again
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens, their KV blocks, and the output made of them.
+
+    Invariants: `num_computed_tokens <= len(token_ids)`; the block table covers at least the computed tokens; a block
+    shared with another sequence is full and is never written again.
+    """
+
+    request: Request
+    choice_index: int
+    output: ChoiceOutput
+    token_ids: list[int]  # prompt, then completion
+    state: State = State.WAITING
+    num_computed_tokens: int = 0  # tokens whose KV is in the cache
+    num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache when it first ran
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(
+        default_factory=list
+    )  # of the full blocks of token_ids, as far as known
+    prompt_logprobs_done: int = 0  # prompt positions already scored and sent
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens

@@ -1,0 +1,196 @@
+"""Text to token ids and back, and the chat template: what the service needs of a checkpoint's tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from inference_worker.engine.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+class TemplateError(ValueError):
+    """The chat template refuses the messages, or there is none."""
+
+
+class UnsupportedTokenizer(ValueError):
+    """The checkpoint has no tokenizer that can be used here."""
+
+
+class Tokenizer:
+    """A fast tokenizer. Its methods may be called from several threads."""
+
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerFast) -> None:
+        self._hf = hf_tokenizer
+        # the Rust tokenizer itself: unlike the wrapper it holds no state that an encode changes
+        self._backend = hf_tokenizer.backend_tokenizer
+        self.vocabulary_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        self._special_ids = frozenset(
+            token_id
+            for token_id, token in hf_tokenizer.added_tokens_decoder.items()
+            if token.special
+        )
+        decoder = json.loads(self._backend.to_str())["decoder"]
+        raw = _bytes_of_tokens(self._backend, hf_tokenizer.added_tokens_decoder, decoder)
+        self._is_bytewise = raw is not None
+        self._token_bytes = raw or _decoded_tokens(self._backend, self.vocabulary_size)
+        self._shown_bytes = [
+            b"" if token_id in self._special_ids else shown
+            for token_id, shown in enumerate(self._token_bytes)
+        ]
+        self._strips_first_space = _strips_first_space(decoder)
+
+    @classmethod
+    def load(cls, directory_or_id: str) -> Tokenizer:
+        """Load a checkpoint's tokenizer.
+
+        Raises: UnsupportedTokenizer, OSError (nothing there).
+        """
+        hf_tokenizer = AutoTokenizer.from_pretrained(directory_or_id)
+        if not isinstance(hf_tokenizer, PreTrainedTokenizerFast):
+            raise UnsupportedTokenizer(f"{directory_or_id}: no fast tokenizer (tokenizer.json)")
+        return cls(hf_tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._hf.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, after the special tokens that the tokenizer puts before every text."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Raises: TemplateError.
+        """
+        if not self.has_chat_template:
+            raise TemplateError("the model has no chat template; send text or token ids instead")
+        try:
+            text = self._hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (
+            Exception
+        ) as error:  # Jinja runs the checkpoint's own code: any exception is its refusal
+            raise TemplateError(f"the chat template refuses the messages: {error}") from error
+        # the template writes every special token itself
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token, a special one's name included; empty for an id that has no token."""
+        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+
+    def decode(self, token_ids: Iterable[int], keep_special_tokens: bool = False) -> str:
+        """The text of token ids that stand at the beginning of a text."""
+        if not self._is_bytewise:
+            return self._window_decode(list(token_ids), keep_special_tokens)
+        table = self._token_bytes if keep_special_tokens else self._shown_bytes
+        detokenizer = ByteDetokenizer(table, strip_first_space=self._strips_first_space)
+        return "".join([detokenizer.push(i) for i in token_ids]) + detokenizer.flush()
+
+    def new_detokenizer(self, *, at_start: bool = False) -> Detokenizer:
+        """For one choice; `at_start` if its first token begins a text instead of continuing a prompt."""
+        if not self._is_bytewise:
+            return WindowDetokenizer(self._window_decode)
+        strip = at_start and self._strips_first_space
+        return ByteDetokenizer(self._shown_bytes, strip_first_space=strip)
+
+    def _window_decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
+        text: str = self._backend.decode(
+            list(token_ids), skip_special_tokens=not keep_special_tokens
+        )
+        return text
+
+
+def _bytes_of_tokens(
+    backend: Any, added_tokens: dict[int, Any], decoder: dict[str, Any] | None
+) -> list[bytes] | None:
+    """The bytes of every token, or None if they depend on the neighbours."""
+    kinds = _decoder_kinds(decoder)
+    if kinds == {"ByteLevel"}:
+        to_bytes = _byte_level
+    elif kinds and kinds <= _SENTENCEPIECE_DECODERS and _replaces_only_spaces(decoder):
+        marks_space = bool(kinds & {"Replace", "Metaspace"})
+        has_bytes = "ByteFallback" in kinds
+
+        def to_bytes(token: str) -> bytes:
+            if has_bytes and (match := _BYTE_TOKEN.fullmatch(token)):
+                return bytes([int(match[1], 16)])
+            return (token.replace("▁", " ") if marks_space else token).encode()
+    else:
+        return None
+    table = [b""] * backend.get_vocab_size(with_added_tokens=True)
+    for token, token_id in backend.get_vocab(with_added_tokens=False).items():
+        table[token_id] = to_bytes(token)
+    for token_id, added in added_tokens.items():
+        table[token_id] = added.content.encode()
+    return table
+
+
+def _decoded_tokens(backend: Any, size: int) -> list[bytes]:
+    return [backend.decode([i], skip_special_tokens=False).encode() for i in range(size)]
+
+
+def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    steps: list[dict[str, Any]] = (
+        decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    )
+    return steps
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
+    return {step["type"] for step in _decoder_steps(decoder)}
+
+
+def _replaces_only_spaces(decoder: dict[str, Any] | None) -> bool:
+    """Whether every Replace and Metaspace turns "▁" into a space and every Strip takes one space off the start."""
+    for step in _decoder_steps(decoder):
+        match step["type"]:
+            case "Replace":
+                if step["pattern"] != {"String": "▁"} or step["content"] != " ":
+                    return False
+            case "Metaspace":
+                if step["replacement"] != "▁":
+                    return False
+            case "Strip":
+                if (step["content"], step["start"], step["stop"]) != (" ", 1, 0):
+                    return False
+    return True
+
+
+def _strips_first_space(decoder: dict[str, Any] | None) -> bool:
+    return any(
+        step["type"] == "Strip"
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in _decoder_steps(decoder)
+    )
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for (Radford et al., GPT-2, encoder.py)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_LEVEL[character] for character in token])
+    except KeyError:  # a token that was not made from bytes stands for itself
+        return token.encode()
