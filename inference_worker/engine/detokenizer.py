@@ -78,8 +78,8 @@ class WindowDetokenizer:
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
-        num_pending = len(self._window) - self._num_context
-        if text.endswith(REPLACEMENT) and num_pending < self.MAX_PENDING:
+        is_settled = len(text) > len(self._context_text) and not text.endswith(REPLACEMENT)
+        if not is_settled and len(self._window) - self._num_context < self.MAX_PENDING:
             return ""
         return self._advance(text)
 

@@ -29,6 +29,7 @@ class Sequence:
     choice_index: int
     output: ChoiceOutput
     token_ids: list[int]  # prompt, then completion
+    cache_salt: bytes = b""  # only sequences of the same salt share blocks
     state: State = State.WAITING
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache when it first ran
@@ -36,7 +37,6 @@ class Sequence:
     block_hashes: list[bytes] = field(
         default_factory=list
     )  # of the full blocks of token_ids, as far as known
-    prompt_logprobs_done: int = 0  # prompt positions already scored and sent
 
     @property
     def num_prompt_tokens(self) -> int:

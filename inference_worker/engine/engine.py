@@ -1,0 +1,294 @@
+"""The continuous-batching engine: schedules steps, runs them, and turns drawn tokens into events.
+
+Purely synchronous and owned by one thread; `engine_thread` gives it one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from inference_worker.engine.block_pool import BlockPool
+from inference_worker.engine.choice_output import ChoiceOutput
+from inference_worker.engine.detokenizer import Detokenizer
+from inference_worker.engine.event import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Scheduled,
+    Started,
+    Token,
+)
+from inference_worker.engine.live_request import LiveRequest
+from inference_worker.engine.request import Request
+from inference_worker.engine.runner import Row, RowOutput, Runner
+from inference_worker.engine.scheduler import Scheduler
+from inference_worker.engine.sequence import Sequence
+
+
+class NewDetokenizer(Protocol):
+    """Makes a detokenizer for one choice; `at_start` if its first token begins a text."""
+
+    def __call__(self, *, at_start: bool = ...) -> Detokenizer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The engine's limits."""
+
+    max_running: int  # sequences in one step
+    max_batch_tokens: int  # tokens computed in one step; at least max_running
+    context_length: int  # most tokens of a sequence
+    prefix_cache: bool = (
+        True  # whether different requests share blocks; choices of one request always do
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is."""
+
+    running: int  # sequences that hold blocks
+    waiting: int  # sequences in the queue
+    free_blocks: int
+    total_blocks: int
+    block_size: int  # tokens
+    waiting_tokens: int  # prompt tokens of the waiting sequences
+    steps: int  # since the start, like the following
+    generated_tokens: int
+    preemptions: int
+
+
+class Engine:
+    """Runs requests until each choice is finished.
+
+    Every accepted request ends with Failed or with one Finished for each choice, unless its reader gave it up.
+    """
+
+    def __init__(
+        self, runner: Runner, new_detokenizer: NewDetokenizer, options: EngineOptions
+    ) -> None:
+        self._runner = runner
+        self._new_detokenizer = new_detokenizer
+        self._options = options
+        self._pool = BlockPool(runner.num_blocks, runner.block_size)
+        # a sequence that holds every block can go no further
+        self._max_tokens = min(options.context_length, runner.num_blocks * runner.block_size)
+        self._scheduler = Scheduler(
+            self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens
+        )
+        self._live: dict[str, LiveRequest] = {}
+        self._events: list[tuple[str, Event]] = []
+        self._steps = 0
+        self._generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def load(self) -> Load:
+        """The state between two steps."""
+        waiting = self._scheduler.waiting
+        return Load(
+            running=len(self._scheduler.running),
+            waiting=len(waiting),
+            free_blocks=self._pool.num_free,
+            total_blocks=self._pool.num_blocks,
+            block_size=self._pool.block_size,
+            waiting_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
+            steps=self._steps,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._scheduler.num_preemptions,
+        )
+
+    def take_events(self) -> list[tuple[str, Event]]:
+        """What happened since the last call: (request id, event), in order."""
+        events, self._events = self._events, []
+        return events
+
+    def check(self) -> None:
+        """Verify that no block is lost or owned twice. Raises: AssertionError."""
+        self._pool.check(s for live in self._live.values() for s in live.sequences)
+
+    def add(self, request: Request) -> None:
+        """Take a request into the queue. Its id must not be in use."""
+        live = LiveRequest(request)
+        leader = self._new_sequence(live, choice_index=0)
+        cached = 0 if request.output.prompt_logprobs else self._pool.count_cached_tokens(leader)
+        position = len(self._scheduler.waiting)
+        self._live[request.request_id] = live
+        self._scheduler.add(leader)
+        self._emit(live, Started(len(request.prompt), cached, position))
+
+    def cancel(self, request_id: str, reason: FinishReason | None) -> None:
+        """End a request now and free its blocks; tell its reader if there is a reason. Unknown ids are ignored."""
+        if (live := self._live.get(request_id)) is None:
+            return
+        if reason is None:
+            self._retire(live)
+            return
+        for sequence in list(live.sequences):
+            self._finish(live, sequence, reason)
+        for choice_index in range(live.num_choices_begun, live.request.n):
+            self._emit_finished(live, Finished(choice_index, reason))
+
+    def cancel_all(self, reason: FinishReason) -> None:
+        """End every request."""
+        for request_id in list(self._live):
+            self.cancel(request_id, reason)
+
+    def close(self) -> None:
+        """Release the model. Nothing follows."""
+        self._runner.close()
+
+    def step(self) -> None:
+        """Compute one batch. A failing row fails its own request and no other."""
+        rows = self._scheduler.schedule()
+        if not rows:
+            self._finish_impossible()
+            return
+        self._note_scheduled(rows)
+        outputs = self._execute(rows)
+        self._steps += 1
+        for row, output in zip(rows, outputs, strict=True):
+            live = self._live.get(row.sequence.request.request_id)
+            if live is None:  # failed by a sibling in this very step
+                continue
+            if output.error is not None:
+                self._fail(live, output.error)
+                continue
+            try:
+                self._advance(live, row, output)
+            except Exception as error:  # the batch's other rows have nothing to do with it
+                self._fail(live, error)
+
+    def _new_sequence(self, live: LiveRequest, choice_index: int) -> Sequence:
+        request = live.request
+        detokenizer = self._new_detokenizer(at_start=request.output.echo)
+        sequence = Sequence(
+            request=request,
+            choice_index=choice_index,
+            output=ChoiceOutput(choice_index, detokenizer, live.stop_strings),
+            token_ids=list(request.prompt),
+            cache_salt=b"" if self._options.prefix_cache else request.request_id.encode(),
+        )
+        live.sequences.append(sequence)
+        live.num_choices_begun += 1
+        return sequence
+
+    def _execute(self, rows: list[Row]) -> list[RowOutput]:
+        """Run the rows. If that fails, run each half alone, so that a row that cannot run fails alone.
+
+        Running a row again is harmless: it writes the same KV and draws the same token.
+        """
+        try:
+            return self._runner.execute(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                return [RowOutput(error=error)]
+        half = len(rows) // 2
+        return self._execute(rows[:half]) + self._execute(rows[half:])
+
+    def _note_scheduled(self, rows: Iterable[Row]) -> None:
+        now = time.monotonic()
+        for row in rows:
+            live = self._live[row.sequence.request.request_id]
+            if live.scheduled_at is None:
+                live.scheduled_at = now
+                live.num_cached_tokens = row.start
+                self._emit(live, Scheduled())
+
+    def _advance(self, live: LiveRequest, row: Row, output: RowOutput) -> None:
+        sequence = row.sequence
+        start = sequence.num_computed_tokens
+        sequence.num_computed_tokens += row.num_tokens
+        self._pool.publish(sequence, start)
+        if output.prompt_logprobs:
+            live.add_prompt_scores(start, output.prompt_logprobs)
+        if output.token is None:
+            return
+        if sequence.num_completion_tokens == 0:
+            self._begin_completion(live, sequence)
+        if live.request.stopping.max_tokens == 0:
+            self._finish(live, sequence, FinishReason.LENGTH)
+        else:
+            self._append(live, sequence, output.token)
+
+    def _begin_completion(self, live: LiveRequest, sequence: Sequence) -> None:
+        """The prompt is computed: echo it, and let the other choices share it."""
+        if live.first_token_at is None:
+            live.first_token_at = time.monotonic()
+        if live.request.output.echo:
+            self._emit(live, sequence.output.push_prompt(live.prompt_tokens()))
+        if sequence.choice_index == 0 and live.request.n > 1:
+            siblings = [self._new_sequence(live, i) for i in range(1, live.request.n)]
+            self._scheduler.add_siblings(siblings)
+
+    def _append(self, live: LiveRequest, sequence: Sequence, token: Token) -> None:
+        """Add a drawn token, and end the choice if it is the last."""
+        sequence.token_ids.append(token.token_id)
+        live.num_completion_tokens += 1
+        self._generated_tokens += 1
+        stopping = live.request.stopping
+        if token.token_id in stopping.stop_token_ids:
+            self._finish(live, sequence, FinishReason.STOP, stop_token_id=token.token_id)
+            return
+        sequence.output.push(token)
+        if sequence.output.stop_sequence is not None:
+            self._finish(live, sequence, FinishReason.STOP_SEQUENCE)
+        elif (
+            sequence.num_completion_tokens >= stopping.max_tokens
+            or len(sequence.token_ids) >= self._max_tokens
+        ):
+            self._finish(live, sequence, FinishReason.LENGTH)
+        elif (delta := sequence.output.take()) is not None:
+            self._emit(live, delta)
+
+    def _finish(
+        self,
+        live: LiveRequest,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_token_id: int | None = None,
+    ) -> None:
+        """End one choice: the rest of its text, its footer, and its blocks."""
+        sequence.output.flush()
+        if (delta := sequence.output.take()) is not None:
+            self._emit(live, delta)
+        stop_sequence = sequence.output.stop_sequence
+        if stop_sequence is not None:  # it may have come with the flushed rest
+            reason = FinishReason.STOP_SEQUENCE
+        live.sequences.remove(sequence)
+        self._scheduler.finish(sequence)
+        footer = Finished(sequence.choice_index, reason, stop_sequence, stop_token_id)
+        self._emit_finished(live, footer)
+
+    def _emit_finished(self, live: LiveRequest, footer: Finished) -> None:
+        live.num_choices_left -= 1
+        if live.num_choices_left == 0:
+            footer = replace(footer, usage=live.usage(), timings=live.timings())
+            del self._live[live.request.request_id]
+        self._emit(live, footer)
+
+    def _finish_impossible(self) -> None:
+        """Nothing runs and the first in the queue does not fit an empty cache: it cannot go on."""
+        if self._scheduler.waiting:
+            sequence = self._scheduler.waiting[0]
+            live = self._live[sequence.request.request_id]
+            self._finish(live, sequence, FinishReason.PREEMPTED)
+
+    def _fail(self, live: LiveRequest, error: Exception) -> None:
+        self._retire(live)
+        self._emit(live, Failed(error))
+
+    def _retire(self, live: LiveRequest) -> None:
+        for sequence in live.sequences:
+            self._scheduler.finish(sequence)
+        live.sequences.clear()
+        del self._live[live.request.request_id]
+
+    def _emit(self, live: LiveRequest, event: Event) -> None:
+        self._events.append((live.request.request_id, event))

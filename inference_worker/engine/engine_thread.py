@@ -1,0 +1,124 @@
+"""The thread that owns the engine. Everyone else posts commands and receives events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from inference_worker.engine.engine import Engine, Load
+from inference_worker.engine.event import Event, Failed, FinishReason
+from inference_worker.engine.event_stream import EventStream, is_last
+from inference_worker.engine.request import Request
+
+Command = Callable[[Engine], None]
+
+
+class EngineThread:
+    """Runs the engine on a thread of its own: drain commands, step, hand the events over, again.
+
+    Commands take effect before the next step. The events of a step reach the event loop with one call, so that the
+    loop wakes once a step however many requests there are. All methods are for the loop's thread.
+    """
+
+    def __init__(self, engine: Engine, on_crash: Callable[[BaseException], None]) -> None:
+        """`on_crash` is called on the loop, once, if the engine itself fails; every stream has got Failed then."""
+        self._engine = engine
+        self._on_crash = on_crash
+        self._load = engine.load()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._streams: dict[str, EventStream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def load(self) -> Load:
+        """The state after the latest step."""
+        return self._load
+
+    def start(self) -> None:
+        """Begin; events are delivered on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, request: Request) -> EventStream:
+        """Hand a request over. Its id must not be in use.
+
+        Raises: ValueError, if the id is in use; RuntimeError, if the thread has ended.
+        """
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine is not running")
+        stream = self._streams[request.request_id] = EventStream()
+        self._commands.put(lambda engine: engine.add(request))
+        return stream
+
+    def cancel(self, request_id: str, reason: FinishReason | None = None) -> None:
+        """End a request before the next step, and free its memory.
+
+        With a reason its reader is told by a Finished for each choice that had none. Without one the reader is gone:
+        its stream gets nothing more. Unknown ids are ignored.
+        """
+        if reason is None:
+            self._streams.pop(request_id, None)
+        self._commands.put(lambda engine: engine.cancel(request_id, reason))
+
+    async def stop(self) -> None:
+        """End every request with SHUTDOWN, then the thread."""
+        if self._thread.is_alive():
+            self._commands.put(None)
+            await asyncio.to_thread(self._thread.join)
+            await asyncio.sleep(0)  # what the thread handed over last is delivered
+
+    def _run(self) -> None:
+        try:
+            while self._drain():
+                if self._engine.has_work:
+                    self._engine.step()
+                self._hand_over()
+            self._engine.cancel_all(FinishReason.SHUTDOWN)
+            self._hand_over()
+            self._engine.close()
+        except BaseException as error:  # whatever it is, the loop must hear of it
+            self._call_on_loop(self._crash, error)
+
+    def _drain(self) -> bool:
+        """Execute the commands posted so far, waiting for one if there is nothing else to do. False: stop."""
+        is_idle = not self._engine.has_work
+        while True:
+            try:
+                command = self._commands.get(block=is_idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(self._engine)
+            is_idle = False
+
+    def _hand_over(self) -> None:
+        self._load = self._engine.load()
+        if events := self._engine.take_events():
+            self._call_on_loop(self._deliver, events)
+
+    def _call_on_loop(self, callback: Callable[[Any], None], argument: object) -> None:
+        assert self._loop is not None, "start() comes first"  # noqa: S101
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(callback, argument)
+
+    def _deliver(self, events: list[tuple[str, Event]]) -> None:
+        for request_id, event in events:
+            if (stream := self._streams.get(request_id)) is None:
+                continue  # its reader is gone
+            stream.put(event)
+            if is_last(event):
+                del self._streams[request_id]
+
+    def _crash(self, error: BaseException) -> None:
+        for stream in self._streams.values():
+            stream.put(Failed(RuntimeError("the engine stopped")))
+        self._streams.clear()
+        self._on_crash(error)

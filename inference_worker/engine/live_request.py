@@ -1,0 +1,63 @@
+"""A request while the engine works on it: its sequences, and the counts and times that its last message reports."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from inference_worker.engine.event import Timings, Token, Usage
+from inference_worker.engine.request import Request
+from inference_worker.engine.sequence import Sequence
+from inference_worker.engine.stop_strings import StopString
+
+
+@dataclass(eq=False, slots=True)
+class LiveRequest:
+    """The leader (choice 0) computes the prompt; its siblings join when that is done, and share the blocks."""
+
+    request: Request
+    stop_strings: tuple[StopString, ...] = ()
+    sequences: list[Sequence] = field(default_factory=list)  # unfinished ones, the leader first
+    num_choices_begun: int = 0  # choices that have, or had, a sequence
+    num_choices_left: int = 0  # choices not yet finished, those not yet begun included
+    scored_prompt: list[Token] = field(default_factory=list)  # with output.prompt_logprobs
+    num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.num_choices_left = self.request.n
+        self.stop_strings = tuple(map(StopString, self.request.stopping.stop_sequences))
+
+    def prompt_tokens(self) -> list[Token]:
+        """The prompt, scored if that was asked for. Complete once the leader has computed it."""
+        if not self.request.output.prompt_logprobs:
+            return [Token(token_id) for token_id in self.request.prompt]
+        return [Token(self.request.prompt[0]), *self.scored_prompt]
+
+    def add_prompt_scores(self, start: int, scores: tuple[Token, ...]) -> None:
+        """Add scores of positions start+1 and on; those known from before a preemption are left as they are."""
+        known = len(self.scored_prompt) - start
+        self.scored_prompt.extend(scores[max(known, 0) :])
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self.num_completion_tokens,
+            cached_tokens=self.num_cached_tokens,
+        )
+
+    def timings(self) -> Timings:
+        """Seconds of each phase up to now, the request's last moment."""
+        now = time.monotonic()
+        scheduled = now if self.scheduled_at is None else self.scheduled_at
+        first_token = now if self.first_token_at is None else self.first_token_at
+        return Timings(
+            queued=scheduled - self.request.admitted_at,
+            prefill=first_token - scheduled,
+            decode=now - first_token,
+            time_to_first_token=0.0
+            if self.first_token_at is None
+            else first_token - self.request.admitted_at,
+        )

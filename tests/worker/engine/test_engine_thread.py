@@ -1,0 +1,154 @@
+"""The engine on its own thread: commands take effect within a step, slow readers cost one delta, crashes are told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from inference_worker.engine.engine_thread import EngineThread
+from inference_worker.engine.event import Delta, Event, Failed, Finished, FinishReason, Started
+from inference_worker.engine.event_stream import EventStream, is_last
+from inference_worker.engine.runner import Row
+from tests.worker.engine.hash_runner import HashRunner, reference_completion
+from tests.worker.engine.test_engine import completion, make_engine, make_request
+
+
+@asynccontextmanager
+async def running(runner: HashRunner, **options: int) -> AsyncIterator[EngineThread]:
+    crashes: list[BaseException] = []
+    thread = EngineThread(make_engine(runner, **options), crashes.append)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        await thread.stop()
+        assert crashes == []
+        assert runner.is_closed
+
+
+async def read_all(stream: EventStream) -> list[Event]:
+    events: list[Event] = []
+    while not events or not is_last(events[-1]):
+        events += await stream.next()
+    return events
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_requests_run_together_and_end() -> None:
+    async with running(HashRunner(64, 4)) as thread:
+        streams = [thread.submit(make_request(f"r{i}", [i, 2, 3], 20)) for i in range(6)]
+        for i, stream in enumerate(streams):
+            events = await read_all(stream)
+            assert isinstance(events[0], Started)
+            assert completion(events) == reference_completion([i, 2, 3], 20)
+        await until(lambda: thread.load.free_blocks == 64)
+
+
+async def test_a_slow_reader_gets_one_merged_delta() -> None:
+    async with running(HashRunner(64, 4)) as thread:
+        stream = thread.submit(make_request("a", [1, 2], 50))
+        await until(lambda: thread.load.generated_tokens == 50 and thread.load.running == 0)
+        await asyncio.sleep(0.01)
+        events = await stream.next()
+        assert [type(event).__name__ for event in events] == [
+            "Started",
+            "Scheduled",
+            "Delta",
+            "Finished",
+        ]
+        assert completion(events) == reference_completion([1, 2], 50)
+
+
+class PausedRunner(HashRunner):
+    """Lets a step through at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 4, before_row=self.wait)
+        self.tickets = threading.Semaphore(0)
+
+    def wait(self, _: Row) -> None:
+        assert self.tickets.acquire(timeout=10)
+
+
+async def test_cancel_takes_effect_before_the_next_step() -> None:
+    runner = PausedRunner()
+    async with running(runner) as thread:
+        thread.submit(make_request("gone", [1, 2], 50))
+        runner.tickets.release(3)
+        await until(lambda: thread.load.steps == 3)
+        thread.cancel("gone")  # the fourth step is under way, waiting for its ticket
+        runner.tickets.release(1)
+        await until(lambda: thread.load.running == 0)
+        assert thread.load.steps == 4
+        assert thread.load.free_blocks == 64
+
+
+async def test_cancel_with_a_reason_tells_the_reader() -> None:
+    runner = PausedRunner()
+    async with running(runner) as thread:
+        stream = thread.submit(make_request("a", [1, 2], 50))
+        runner.tickets.release(2)
+        await until(lambda: thread.load.steps == 2)
+        thread.cancel("a", FinishReason.DEADLINE)
+        runner.tickets.release(1)
+        events = await read_all(stream)
+        assert isinstance(events[-1], Finished)
+        assert events[-1].reason is FinishReason.DEADLINE
+
+
+async def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
+    async with running(HashRunner(64, 4)) as thread:
+        stream = thread.submit(make_request("a", [1], 5))
+        with pytest.raises(ValueError, match="in use"):
+            thread.submit(make_request("a", [1], 5))
+        await read_all(stream)
+        await read_all(thread.submit(make_request("a", [1], 5)))
+
+
+async def test_stop_ends_what_runs_with_shutdown() -> None:
+    async with running(HashRunner(100_000, 4), context_length=400_000) as thread:
+        stream = thread.submit(make_request("a", [1], 300_000))  # far more than it can do meanwhile
+        await stream.next()
+    events = await read_all(stream)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason is FinishReason.SHUTDOWN
+
+
+async def test_a_crash_fails_every_stream_and_is_told_once() -> None:
+    crashes: list[BaseException] = []
+    engine = make_engine(HashRunner(64, 4))
+    thread = EngineThread(engine, crashes.append)
+    engine.load = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    thread.start()
+    stream = thread.submit(make_request("a", [1], 5))
+    events = await read_all(stream)
+    assert isinstance(events[-1], Failed)
+    assert [type(error) for error in crashes] == [ZeroDivisionError]
+    await thread.stop()
+    with pytest.raises(RuntimeError, match="not running"):
+        thread.submit(make_request("b", [1], 5))
+
+
+def test_merging_keeps_the_order_of_each_choice() -> None:
+    events: list[Event] = [
+        Delta(0, "p", (), is_prompt=True),
+        Delta(0, "a", ()),
+        Delta(1, "x", ()),
+        Delta(0, "b", ()),
+        Finished(0, FinishReason.STOP),
+        Delta(1, "y", ()),
+    ]
+    stream = EventStream()
+    for event in events:
+        stream.put(event)
+    merged = asyncio.run(stream.next())
+    assert merged == [events[0], Delta(0, "ab", ()), Delta(1, "xy", ()), events[4]]
