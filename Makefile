@@ -1,10 +1,59 @@
 # Two commands do everything: `make run` and `make test`. Each sets up what it needs.
-PYTHON ?= python3
+
+# The first Python of a supported version.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 # Extra options for pip, such as an index that has torch's CPU build.
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
 
-.PHONY: run test lint protos bench clean
-.DEFAULT_GOAL := help
+.PHONY: help run test lint format protos bench clean
+
+help:
+	@echo 'make run     set up, serve the embedded model on http://localhost:8000 (Ctrl-C stops)'
+	@echo 'make test    set up, run the test suite'
+	@echo 'make lint    ruff, mypy --strict, buf lint'
+	@echo 'make format  let ruff rewrite what it can'
+	@echo 'make protos  regenerate the stubs of $(PROTO)'
+	@echo 'make bench   measure transport and cancellation on this machine'
+	@echo 'make clean   delete the virtual environment and caches'
+
+run: $(VENV)/installed-serve
+	@$(BIN)/python deploy/local.py
+
+test: $(VENV)/installed-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+protos: $(VENV)/installed-dev
+	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I. \
+		--python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTO)
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.cancellation
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+
+$(VENV)/installed-serve: pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'Sluice needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)'; exit 1; }
+	@echo 'Setting up $(VENV) (a few minutes, once) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --no-warn-script-location $(PIP_ARGS) -c constraints.txt -e '.[worker,edge]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-serve
+	@$(BIN)/python -m pip install --no-warn-script-location $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,174 @@
+"""Runs a worker and an edge on this machine until Ctrl-C: what `make run` starts.
+
+Settings of both are environment variables (`SLUICE_WORKER_*`, `SLUICE_EDGE_*`). Exit code 0 after Ctrl-C or SIGTERM,
+1 if either process ends by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from types import FrameType
+
+READY_SECONDS = 600  # a large checkpoint takes minutes to load
+POLL_SECONDS = 0.1
+QUESTION = (
+    '{"model": "default", "stream": true, "messages": [{"role": "user", "content": "Count to 10"}]}'
+)
+
+Process = subprocess.Popen[bytes]
+
+
+class Stop(Exception):
+    """The user asks to stop."""
+
+
+def main() -> int:
+    environment, edge_url, worker_address = configure(os.environ)
+    for variable in ("SLUICE_EDGE_PORT", "SLUICE_WORKER_PORT"):
+        if not is_free(int(environment[variable])):
+            print(
+                f"Port {environment[variable]} is taken; set {variable} to another.",
+                file=sys.stderr,
+            )
+            return 1
+    signal.signal(signal.SIGTERM, raise_stop)
+    signal.signal(signal.SIGINT, raise_stop)
+    processes: dict[str, Process] = {}
+    with terminal_to_ourselves():
+        try:
+            print("Starting the worker and the edge ...", flush=True)
+            processes["worker"] = start("inference_worker", environment)
+            processes["edge"] = start("edge", environment)
+            if not wait_until_ready(edge_url, processes):
+                return 1
+            print_invitation(edge_url, worker_address)
+            return wait_for_end(processes)
+        except Stop:
+            print("\nStopping (Ctrl-C again: at once) ...", flush=True)
+            return 0
+        finally:
+            stop(processes)
+
+
+def configure(environment: Mapping[str, str]) -> tuple[dict[str, str], str, str]:
+    """The children's environment, the edge's URL and the worker's gRPC address."""
+    worker_port = environment.get("SLUICE_WORKER_PORT", "50051")
+    edge_port = environment.get("SLUICE_EDGE_PORT", "8000")
+    worker_address = f"localhost:{worker_port}"
+    defaults = {
+        "SLUICE_WORKER_PORT": worker_port,
+        "SLUICE_EDGE_PORT": edge_port,
+        "SLUICE_WORKER_HOST": "127.0.0.1",
+        "SLUICE_EDGE_HOST": "127.0.0.1",
+        "SLUICE_EDGE_WORKER": f"127.0.0.1:{worker_port}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**defaults, **environment}, f"http://localhost:{edge_port}", worker_address
+
+
+def is_free(port: int) -> bool:
+    """Whether the port can be listened on. Asked first: who holds it might well answer as if it were our edge."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def raise_stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Stop
+
+
+@contextlib.contextmanager
+def terminal_to_ourselves() -> Iterator[None]:
+    """Take Ctrl-C for this process alone, as a shell does for a foreground job.
+
+    Otherwise the terminal sends it to `make` too, which then reports failure however cleanly we stop.
+    """
+    if not sys.stdin.isatty():
+        yield
+        return
+    terminal, previous = sys.stdin.fileno(), os.tcgetpgrp(sys.stdin.fileno())
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # or the hand-over itself would stop us
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # no shell would see us stopped
+    os.setpgid(0, 0)
+    os.tcsetpgrp(terminal, os.getpgrp())
+    try:
+        yield
+    finally:
+        os.tcsetpgrp(terminal, previous)
+
+
+def start(module: str, environment: Mapping[str, str]) -> Process:
+    """Start one of our processes in a session of its own, so that we alone decide when it gets a signal."""
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        [sys.executable, "-m", module], env=dict(environment), start_new_session=True
+    )
+
+
+def wait_until_ready(edge_url: str, processes: Mapping[str, Process]) -> bool:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if (ended := first_ended(processes)) is not None:
+            print(f"The {ended} did not start; see the line above.", file=sys.stderr)
+            return False
+        if answers(f"{edge_url}/ready"):
+            return True
+        time.sleep(POLL_SECONDS)
+    print(f"Not ready after {READY_SECONDS} s.", file=sys.stderr)
+    return False
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - our own address
+            return True
+    except OSError:  # not listening yet, or 503: not ready yet
+        return False
+
+
+def first_ended(processes: Mapping[str, Process]) -> str | None:
+    return next((name for name, process in processes.items() if process.poll() is not None), None)
+
+
+def print_invitation(edge_url: str, worker_address: str) -> None:
+    print(
+        f"\nSluice is ready on {edge_url} (gRPC on {worker_address}). Try:\n\n"
+        f"  curl -N {edge_url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"    -d '{QUESTION}'\n\nCtrl-C stops it.",
+        flush=True,
+    )
+
+
+def wait_for_end(processes: Mapping[str, Process]) -> int:
+    while (ended := first_ended(processes)) is None:
+        time.sleep(POLL_SECONDS)
+    print(f"The {ended} ended with exit code {processes[ended].returncode}.", file=sys.stderr)
+    return 1
+
+
+def stop(processes: Mapping[str, Process]) -> None:
+    """Drain the edge, then the worker that its streams run on; another Ctrl-C kills both."""
+    try:
+        for name in ("edge", "worker"):
+            if (process := processes.get(name)) is not None and process.poll() is None:
+                process.terminate()
+                process.wait()
+    except Stop:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
