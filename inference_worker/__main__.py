@@ -1,0 +1,31 @@
+"""`python -m inference_worker`: serves a checkpoint. --help lists the settings."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from inference_worker.command_line import read_settings
+from inference_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from inference_worker.served_model import ServedModel
+
+
+def main() -> int:
+    settings = read_settings(WorkerSettings, "inference_worker", sys.argv[1:])
+    # Imported only now: --help and a bad setting need neither grpc nor a tokenizer.
+    from inference_worker.process import run
+
+    return run(settings, _load)
+
+
+def _load(settings: WorkerSettings) -> ServedModel:
+    # torch comes in here and nowhere else
+    from inference_worker.model.loader import load_model
+
+    return load_model(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Settings of the worker: each one a field, a flag and an environment variable, read once at the start."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from inference_worker.default_model import CHECKPOINT
+
+EMBEDDED_MODEL_NAME = "sluice-tiny"
+
+
+def unit(name: str) -> dict[str, Any]:
+    """Say what a setting counts; --help shows it as the flag's placeholder."""
+    return {"unit": name}
+
+
+class WorkerSettings(BaseSettings):
+    """Serve one language model over gRPC."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SLUICE_WORKER_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+    )
+
+    # --- the model
+    model: str = Field(
+        str(CHECKPOINT),
+        min_length=1,
+        description="Checkpoint to serve: a directory or a Hugging Face hub id. The default is the embedded model.",
+        json_schema_extra=unit("path or id"),
+    )
+    model_name: str | None = Field(
+        None,
+        min_length=1,
+        description=f"Name the model answers to. Unset: {EMBEDDED_MODEL_NAME} for the embedded model, "
+        "else the last part of --model.",
+        json_schema_extra=unit("name"),
+    )
+    model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("default", "dummy", "tgi"),
+        description="Other names the model answers to, separated by commas.",
+        json_schema_extra=unit("names"),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Number type of the weights; auto takes the checkpoint's.",
+        json_schema_extra=unit("type"),
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where the model runs: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+        json_schema_extra=unit("device"),
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads of one matrix product on a CPU. Unset: torch's own choice.",
+        json_schema_extra=unit("threads"),
+    )
+    context_length: int | None = Field(
+        None,
+        ge=2,
+        description="Most tokens of prompt and completion together. Unset: what the checkpoint allows.",
+        json_schema_extra=unit("tokens"),
+    )
+
+    # --- the engine
+    max_running: int = Field(
+        32,
+        ge=1,
+        description="Most sequences that take part in one step.",
+        json_schema_extra=unit("sequences"),
+    )
+    max_batch_tokens: int = Field(
+        512,
+        ge=1,
+        description="Most tokens of one step, decode rows and prefill chunks together; at least --max-running.",
+        json_schema_extra=unit("tokens"),
+    )
+    block_size: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Tokens in one block of the KV cache.",
+        json_schema_extra=unit("tokens"),
+    )
+    kv_cache_mib: int | None = Field(
+        None,
+        ge=1,
+        description="Memory of the KV cache. Unset: --kv-cache-fraction decides.",
+        json_schema_extra=unit("MiB"),
+    )
+    kv_cache_fraction: float = Field(
+        0.8,
+        gt=0,
+        le=0.98,
+        description="Share of the memory that is free once the model is loaded, for the KV cache.",
+        json_schema_extra=unit("fraction"),
+    )
+    prefix_cache: bool = Field(
+        True,
+        description="Keep the KV of ended prompts and share it with later ones that begin alike.",
+        json_schema_extra=unit("bool"),
+    )
+
+    # --- admission
+    max_waiting: int = Field(
+        128,
+        ge=0,
+        description="Most requests that wait for a slot; more are refused.",
+        json_schema_extra=unit("requests"),
+    )
+    max_waiting_tokens: int = Field(
+        262_144,
+        ge=0,
+        description="Most prompt tokens of the waiting requests; more are refused.",
+        json_schema_extra=unit("tokens"),
+    )
+    max_choices: int = Field(
+        16,
+        ge=1,
+        description="Most choices (n) of one request.",
+        json_schema_extra=unit("choices"),
+    )
+
+    # --- the server
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on. There is no authentication: only trusted callers should reach it.",
+        json_schema_extra=unit("address"),
+    )
+    port: int = Field(
+        50051,
+        ge=0,
+        le=65535,
+        description="TCP port to listen on; 0 takes a free one and tells it in the ready line.",
+        json_schema_extra=unit("port"),
+    )
+    unix_socket: str | None = Field(
+        None,
+        min_length=1,
+        description="Path of a Unix socket to listen on, in place of --host and --port.",
+        json_schema_extra=unit("path"),
+    )
+    max_message_bytes: int = Field(
+        16 * 1024 * 1024,
+        ge=1024,
+        le=2**31 - 1,
+        description="Largest message received or sent.",
+        json_schema_extra=unit("bytes"),
+    )
+    heartbeat_seconds: float = Field(
+        15,
+        gt=0,
+        description="A stream that was silent this long sends a heartbeat.",
+        json_schema_extra=unit("seconds"),
+    )
+    drain_seconds: float = Field(
+        30,
+        ge=0,
+        description="How long running streams may take to finish after SIGTERM or SIGINT.",
+        json_schema_extra=unit("seconds"),
+    )
+    keepalive_seconds: float = Field(
+        20,
+        gt=0,
+        description="A connection that was silent this long is pinged.",
+        json_schema_extra=unit("seconds"),
+    )
+    keepalive_timeout_seconds: float = Field(
+        10,
+        gt=0,
+        description="A connection whose ping got no answer for this long is closed and its requests are cancelled.",
+        json_schema_extra=unit("seconds"),
+    )
+    min_client_ping_seconds: float = Field(
+        5,
+        gt=0,
+        description="Clients that ping more often than this are disconnected.",
+        json_schema_extra=unit("seconds"),
+    )
+
+    # --- the log
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="Least severe line that is written.",
+        json_schema_extra=unit("level"),
+    )
+    log_prompts: bool = Field(
+        False,
+        description="Write prompts and completions into the log.",
+        json_schema_extra=unit("bool"),
+    )
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> WorkerSettings:
+        if self.max_batch_tokens < self.max_running:
+            # A decode row is one token: a smaller budget could never run --max-running sequences in one step.
+            raise ValueError(
+                f"--max-batch-tokens ({self.max_batch_tokens}) must be at least "
+                f"--max-running ({self.max_running})"
+            )
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The model's own name."""
+        if self.model_name is not None:
+            return self.model_name
+        if self.model == str(CHECKPOINT):
+            return EMBEDDED_MODEL_NAME
+        return self.model.rstrip("/").rsplit("/", 1)[-1] or self.model
