@@ -1,0 +1,170 @@
+"""What can go wrong with a request, and the one table that says which gRPC status each case becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+ERROR_DOMAIN: Final = "sluice"
+STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Status
+_MAX_MESSAGE_CHARS: Final = 500  # a status travels in a header, and those are limited to 8 KiB
+
+
+class SluiceError(Exception):
+    """A refusal or failure that its caller is told about. The text is for the caller: nothing internal in it."""
+
+    field: str | None = None  # path of the request field at fault
+    retry_after: float | None = None  # seconds, where retrying helps
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Facts for programs, besides the text."""
+        return {}
+
+
+class InvalidField(SluiceError):
+    """A field is missing or out of range."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class ContextExceeded(InvalidField):
+    """Prompt, or prompt and completion, can never fit."""
+
+    def __init__(self, field: str, problem: str, *, tokens: int, limit: int) -> None:
+        super().__init__(field, problem)
+        self.tokens = tokens
+        self.limit = limit
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"tokens": str(self.tokens), "limit": str(self.limit)}
+
+
+class UnsupportedField(SluiceError):
+    """A field whose feature this worker does not have."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field}: not supported by this worker")
+        self.field = field
+
+
+class ModelNotFound(SluiceError):
+    """Another model than the served one was asked for."""
+
+    def __init__(self, asked: str, served: str) -> None:
+        super().__init__(
+            f"model {_shorten(asked)!r} is not served here; this worker serves {served!r}"
+        )
+        self.field = "model"
+
+
+class RequestExists(SluiceError):
+    """The request id is in use."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id: {request_id} is the id of a request that is still running")
+        self.field = "request_id"
+
+
+class QueueFull(SluiceError):
+    """As many requests wait as may."""
+
+    def __init__(self, limit: int, retry_after: float) -> None:
+        super().__init__(f"overloaded: {limit} requests are waiting already")
+        self.retry_after = retry_after
+
+
+class TokenBudgetFull(SluiceError):
+    """The waiting requests have as many prompt tokens as they may."""
+
+    def __init__(self, tokens: int, waiting: int, limit: int, retry_after: float) -> None:
+        super().__init__(
+            f"overloaded: this prompt's {tokens} tokens and the {waiting} waiting ones exceed {limit}"
+        )
+        self.retry_after = retry_after
+
+
+class Draining(SluiceError):
+    """The worker is shutting down."""
+
+    retry_after = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the worker is shutting down and takes no new requests")
+
+
+class InternalError(SluiceError):
+    """A bug, or a sequence whose numbers exploded. What happened is in the log, under the request's id."""
+
+    def __init__(self, request_id: str | None) -> None:
+        suffix = "" if request_id is None else f"; request {request_id}"
+        super().__init__(f"internal error{suffix}")
+        self.request_id = request_id
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {} if self.request_id is None else {"request_id": self.request_id}
+
+
+_TABLE: Final[dict[type[SluiceError], tuple[grpc.StatusCode, str]]] = {
+    InvalidField: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
+    ContextExceeded: (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_EXCEEDED"),
+    UnsupportedField: (grpc.StatusCode.UNIMPLEMENTED, "UNSUPPORTED_FIELD"),
+    ModelNotFound: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    RequestExists: (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_EXISTS"),
+    QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    TokenBudgetFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUDGET_FULL"),
+    Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+    InternalError: (grpc.StatusCode.INTERNAL, "INTERNAL"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A gRPC status with its google.rpc details."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    details: tuple[Message, ...] = ()
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """The details, as gRPC carries them."""
+        number: int = self.code.value[0]
+        status = status_pb2.Status(code=number, message=self.message)
+        for detail in self.details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+
+
+def status_of(error: SluiceError) -> Status:
+    """Look the error up in the table."""
+    code, reason = _TABLE[type(error)]
+    message = _shorten(str(error), _MAX_MESSAGE_CHARS)
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN, metadata=error.metadata)
+    ]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=message
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return Status(code, message, reason, tuple(details))
+
+
+def _shorten(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
