@@ -1,0 +1,131 @@
+"""Turns prompts into token ids and token ids into text, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from inference_worker.errors import InvalidField
+from inference_worker.field_rules import refuse_unknown_fields, refuse_unsupported
+from inference_worker.tokenizer import TemplateError, Tokenizer
+from protos.sluice.v1 import generation_pb2 as pb
+
+# Two, so that a small prompt does not wait behind one large one; the tokenizer releases the GIL while it works.
+_THREADS: Final = 2
+# Rough, and on the safe side for most languages: what admission counts until the true number is known.
+_BYTES_PER_TOKEN: Final = 4
+
+T = TypeVar("T")
+
+
+def check_prompt(prompt: pb.Prompt, path: str = "prompt") -> None:
+    """Check the shape of a prompt; cheap whatever its size.
+
+    Raises: InvalidField, UnsupportedField.
+    """
+    refuse_unknown_fields(prompt, path)
+    match prompt.WhichOneof("input"):
+        case "text":
+            if not prompt.text:
+                raise InvalidField(f"{path}.text", "is empty")
+        case "token_ids":
+            if not prompt.token_ids.ids:
+                raise InvalidField(f"{path}.token_ids", "is empty")
+        case "chat":
+            _check_chat(prompt.chat, f"{path}.chat")
+        case _:
+            raise InvalidField(path, "set one of text, token_ids and chat")
+
+
+def _check_chat(chat: pb.Chat, path: str) -> None:
+    refuse_unknown_fields(chat, path)
+    refuse_unsupported(path, tools=bool(chat.tools))
+    refuse_unsupported(path, template_arguments=chat.HasField("template_arguments"))
+    if not chat.messages:
+        raise InvalidField(f"{path}.messages", "is empty")
+    for index, message in enumerate(chat.messages):
+        refuse_unknown_fields(message, f"{path}.messages[{index}]")
+        if not message.role:
+            raise InvalidField(f"{path}.messages[{index}].role", "is required")
+
+
+def estimate_tokens(prompt: pb.Prompt) -> int:
+    """How many tokens a checked prompt is likely to have; exact for token ids."""
+    if prompt.WhichOneof("input") == "token_ids":
+        return len(prompt.token_ids.ids)
+    return max(1, prompt.ByteSize() // _BYTES_PER_TOKEN)
+
+
+class PromptReader:
+    """Runs the tokenizer in a few threads, so that a prompt of megabytes never holds the event loop.
+
+    Its queue is as long as admission lets it become.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenizer")
+
+    def read(self, prompt: pb.Prompt, path: str = "prompt") -> asyncio.Future[list[int]]:
+        """Token ids of a checked prompt. The future raises InvalidField."""
+        return self._run(lambda: self._read(prompt, path))
+
+    def tokenize(self, prompt: pb.Prompt) -> asyncio.Future[pb.TokenizeResponse]:
+        """Token ids and their bytes. The future raises InvalidField."""
+
+        def tokenize() -> pb.TokenizeResponse:
+            ids = self._read(prompt, "prompt")
+            return pb.TokenizeResponse(token_ids=ids, tokens=map(self._tokenizer.token_bytes, ids))
+
+        return self._run(tokenize)
+
+    def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool) -> asyncio.Future[str]:
+        """Text of token ids. The future raises InvalidField."""
+
+        def decode() -> str:
+            self._check_ids(token_ids, "token_ids")
+            return self._tokenizer.decode(token_ids, keep_special_tokens=keep_special_tokens)
+
+        return self._run(decode)
+
+    def close(self) -> None:
+        """End the threads; what has not begun is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _read(self, prompt: pb.Prompt, path: str) -> list[int]:
+        match prompt.WhichOneof("input"):
+            case "text":
+                ids = self._tokenizer.encode(prompt.text)
+            case "token_ids":
+                ids = list(prompt.token_ids.ids)
+                self._check_ids(ids, f"{path}.token_ids.ids")
+            case _:
+                ids = self._read_chat(prompt.chat, f"{path}.chat")
+        if not ids:
+            raise InvalidField(path, "has no tokens")
+        return ids
+
+    def _read_chat(self, chat: pb.Chat, path: str) -> list[int]:
+        messages = []
+        for message in chat.messages:
+            rendered = {"role": message.role, "content": message.content}
+            if message.HasField("name"):
+                rendered["name"] = message.name
+            messages.append(rendered)
+        try:
+            return self._tokenizer.encode_chat(messages)
+        except TemplateError as error:
+            raise InvalidField(path, str(error)) from error
+
+    def _check_ids(self, ids: Sequence[int], path: str) -> None:
+        size = self._tokenizer.vocabulary_size
+        if ids and (highest := max(ids)) >= size:
+            index = list(ids).index(highest)
+            raise InvalidField(
+                f"{path}[{index}]", f"{highest} is outside the vocabulary of {size} tokens"
+            )

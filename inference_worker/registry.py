@@ -1,0 +1,97 @@
+"""The requests inside the worker by id, and the ids of those that ended lately."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from inference_worker.engine.event import FinishReason
+from inference_worker.errors import RequestExists
+from protos.sluice.v1 import generation_pb2 as pb
+
+_MAX_ENDED: Final = 4096
+
+
+class Endable(Protocol):
+    """A request that can be told to end."""
+
+    def end(self, reason: FinishReason) -> None:
+        """End it now; its reader is told the reason. Does nothing once it has ended."""
+        ...
+
+
+class Registry:
+    """Who is inside, who waits for the engine, and who was here. Used from the event loop only."""
+
+    def __init__(self) -> None:
+        self._inside: dict[str, Endable] = {}
+        self._queue: dict[str, None] = {}  # in the engine and not in a step yet; oldest first
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def check_free(self, request_id: str) -> None:
+        """Check that no request inside has this id. Raises: RequestExists."""
+        if request_id in self._inside:
+            raise RequestExists(request_id)
+
+    @contextmanager
+    def hold(self, request_id: str, request: Endable) -> Iterator[None]:
+        """Keep a request inside for the length of the block. Its id must be free."""
+        self._inside[request_id] = request
+        self._ended.pop(request_id, None)
+        self._is_empty.clear()
+        try:
+            yield
+        finally:
+            self.leave_queue(request_id)
+            del self._inside[request_id]
+            self._ended[request_id] = None
+            if len(self._ended) > _MAX_ENDED:
+                self._ended.popitem(last=False)
+            if not self._inside:
+                self._is_empty.set()
+
+    def join_queue(self, request_id: str) -> None:
+        """The engine got the request."""
+        self._queue[request_id] = None
+
+    def leave_queue(self, request_id: str) -> None:
+        """The request's first step began. Does nothing if it does not wait."""
+        self._queue.pop(request_id, None)
+
+    def queue_position(self, request_id: str) -> int:
+        """How many requests wait before this one; 0 if it does not wait."""
+        for position, waiting_id in enumerate(self._queue):
+            if waiting_id == request_id:
+                return position
+        return 0
+
+    def abort(self, request_id: str) -> pb.AbortOutcome.ValueType:
+        """End a request, and say what was found."""
+        if (request := self._inside.get(request_id)) is not None:
+            request.end(FinishReason.CANCELLED)
+            return pb.ABORT_OUTCOME_ABORTED
+        if request_id in self._ended:
+            return pb.ABORT_OUTCOME_ALREADY_FINISHED
+        return pb.ABORT_OUTCOME_UNKNOWN
+
+    def end_all(self, reason: FinishReason) -> None:
+        """End every request."""
+        for request in list(self._inside.values()):
+            request.end(reason)
+
+    async def wait_empty(self, seconds: float) -> bool:
+        """Wait until the last request has left; False if that takes longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._is_empty.wait()
+        except TimeoutError:
+            return False
+        return True
