@@ -1,0 +1,235 @@
+"""Reads a GenerateRequest: checks every field against the contract and resolves every default."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
+from inference_worker.errors import ContextExceeded, InvalidField
+from inference_worker.field_rules import (
+    check_at_least,
+    check_count,
+    check_range,
+    refuse_unknown_fields,
+    refuse_unsupported,
+)
+from inference_worker.prompt import check_prompt
+from inference_worker.served_model import ModelInfo
+from protos.sluice.v1 import generation_pb2 as pb
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_MAX_STOP_SEQUENCES: Final = 16
+_MAX_STOP_SEQUENCE_CHARS: Final = 1024
+_MAX_STOP_TOKEN_IDS: Final = 64
+_MAX_LOGIT_BIASES: Final = 1024
+_MAX_LOGPROBS: Final = 20
+# A made seed passes unharmed through JSON, whose numbers many readers take for doubles.
+_SEED_BITS: Final = 53
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask of this worker."""
+
+    max_choices: int
+    context_length: int  # tokens of prompt and completion together
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A checked request, complete but for its prompt's token ids."""
+
+    request_id: str
+    prompt: pb.Prompt
+    sampling: SamplingParams
+    stop_sequences: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    max_tokens: int | None  # None: what fits
+    output: OutputParams
+    sends_token_ids: bool
+    n: int
+
+    def to_engine(self, prompt: list[int], limits: Limits, admitted_at: float) -> Request:
+        """Complete the request.
+
+        Raises: ContextExceeded, if prompt and completion can never fit.
+        """
+        room = limits.context_length - len(prompt)
+        least = 1 if self.max_tokens is None else min(self.max_tokens, 1)
+        if room < least:
+            raise ContextExceeded(
+                "prompt",
+                f"{len(prompt)} tokens leave no room for a completion; "
+                f"at most {limits.context_length - least} fit",
+                tokens=len(prompt),
+                limit=limits.context_length - least,
+            )
+        if self.max_tokens is not None and self.max_tokens > room:
+            total = len(prompt) + self.max_tokens
+            raise ContextExceeded(
+                "stopping.max_tokens",
+                f"{len(prompt)} prompt tokens and {self.max_tokens} more are {total}; "
+                f"at most {limits.context_length} fit",
+                tokens=total,
+                limit=limits.context_length,
+            )
+        return Request(
+            request_id=self.request_id,
+            prompt=tuple(prompt),
+            stopping=StoppingParams(
+                max_tokens=room if self.max_tokens is None else self.max_tokens,
+                stop_sequences=self.stop_sequences,
+                stop_token_ids=self.stop_token_ids,
+            ),
+            sampling=self.sampling,
+            output=self.output,
+            n=self.n,
+            admitted_at=admitted_at,
+        )
+
+
+def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> Reading:
+    """Check everything that can be checked without tokenizing.
+
+    Raises: InvalidField, UnsupportedField.
+    """
+    refuse_unknown_fields(message, "")
+    _refuse_later_features(message)
+    if message.WhichOneof("source") is None:
+        raise InvalidField("prompt", "is required")
+    check_prompt(message.prompt)
+    n = message.n if message.HasField("n") else 1
+    check_range("n", n, 1, limits.max_choices)
+    output = _read_output(message.output)
+    stopping = message.stopping
+    return Reading(
+        request_id=_read_request_id(message),
+        prompt=message.prompt,
+        sampling=_read_sampling(message.sampling, model),
+        stop_sequences=_read_stop_sequences(stopping),
+        stop_token_ids=_read_stop_token_ids(stopping, model),
+        max_tokens=_read_max_tokens(stopping, output),
+        output=output,
+        sends_token_ids=message.output.token_ids,
+        n=n,
+    )
+
+
+def _refuse_later_features(message: pb.GenerateRequest) -> None:
+    refuse_unsupported(
+        "",
+        resume=message.HasField("resume"),
+        constraint=message.HasField("constraint"),
+        priority=message.HasField("priority"),
+        resume_window=message.HasField("resume_window"),
+        continuation=message.HasField("continuation"),
+    )
+
+
+def _read_request_id(message: pb.GenerateRequest) -> str:
+    if not message.HasField("request_id"):
+        return f"gen-{secrets.token_hex(12)}"
+    if not _REQUEST_ID.fullmatch(message.request_id):
+        raise InvalidField("request_id", "must be 1 to 128 characters of [A-Za-z0-9._:-]")
+    return message.request_id
+
+
+def _read_sampling(message: pb.Sampling, model: ModelInfo) -> SamplingParams:
+    refuse_unknown_fields(message, "sampling")
+    _check_sampling_ranges(message)
+    default = model.default_sampling
+
+    def choose(name: str, otherwise: float) -> float:
+        return float(getattr(message, name)) if message.HasField(name) else otherwise  # type: ignore[arg-type]
+
+    bias = message.logit_bias
+    return SamplingParams(
+        temperature=choose("temperature", default.temperature),
+        top_k=message.top_k if message.HasField("top_k") else default.top_k,
+        top_p=choose("top_p", default.top_p),
+        min_p=choose("min_p", default.min_p),
+        repetition_penalty=choose("repetition_penalty", default.repetition_penalty),
+        presence_penalty=choose("presence_penalty", default.presence_penalty),
+        frequency_penalty=choose("frequency_penalty", default.frequency_penalty),
+        logit_bias=_read_logit_bias(message, model) if bias else default.logit_bias,
+        seed=message.seed if message.HasField("seed") else secrets.randbits(_SEED_BITS),
+    )
+
+
+def _check_sampling_ranges(message: pb.Sampling) -> None:
+    if message.HasField("temperature"):
+        check_range("sampling.temperature", message.temperature, 0, 100)
+    if message.HasField("top_k"):
+        check_at_least("sampling.top_k", message.top_k, 1)
+    if message.HasField("top_p"):
+        check_range("sampling.top_p", message.top_p, 0, 1, above_low=True)
+    if message.HasField("min_p"):
+        check_range("sampling.min_p", message.min_p, 0, 1)
+    if message.HasField("repetition_penalty"):
+        value = message.repetition_penalty
+        check_range("sampling.repetition_penalty", value, 0, 100, above_low=True)
+    if message.HasField("presence_penalty"):
+        check_range("sampling.presence_penalty", message.presence_penalty, -2, 2)
+    if message.HasField("frequency_penalty"):
+        check_range("sampling.frequency_penalty", message.frequency_penalty, -2, 2)
+
+
+def _read_logit_bias(message: pb.Sampling, model: ModelInfo) -> MappingProxyType[int, float]:
+    check_count("sampling.logit_bias", len(message.logit_bias), _MAX_LOGIT_BIASES, "entries")
+    for token_id, bias in message.logit_bias.items():
+        path = f"sampling.logit_bias[{token_id}]"
+        _check_token_id(path, token_id, model)
+        check_range(path, bias, -100, 100)
+    return MappingProxyType(dict(message.logit_bias))
+
+
+def _read_max_tokens(message: pb.Stopping, output: OutputParams) -> int | None:
+    refuse_unknown_fields(message, "stopping")
+    if not message.HasField("max_tokens"):
+        return None
+    if message.max_tokens == 0 and not output.echo:
+        raise InvalidField("stopping.max_tokens", "must be 1 or more; 0 only with output.echo")
+    return message.max_tokens
+
+
+def _read_stop_sequences(message: pb.Stopping) -> tuple[str, ...]:
+    path = "stopping.stop_sequences"
+    check_count(path, len(message.stop_sequences), _MAX_STOP_SEQUENCES, "texts")
+    for index, text in enumerate(message.stop_sequences):
+        if not 1 <= len(text) <= _MAX_STOP_SEQUENCE_CHARS:
+            raise InvalidField(
+                f"{path}[{index}]",
+                f"must be 1 to {_MAX_STOP_SEQUENCE_CHARS} characters, got {len(text)}",
+            )
+    return tuple(message.stop_sequences)
+
+
+def _read_stop_token_ids(message: pb.Stopping, model: ModelInfo) -> frozenset[int]:
+    path = "stopping.stop_token_ids"
+    check_count(path, len(message.stop_token_ids), _MAX_STOP_TOKEN_IDS, "ids")
+    for index, token_id in enumerate(message.stop_token_ids):
+        _check_token_id(f"{path}[{index}]", token_id, model)
+    ids = frozenset(message.stop_token_ids)
+    return ids if message.ignore_eos else ids | model.eos_token_ids
+
+
+def _read_output(message: pb.Output) -> OutputParams:
+    refuse_unknown_fields(message, "output")
+    logprobs = message.logprobs if message.HasField("logprobs") else None
+    if logprobs is not None:
+        check_range("output.logprobs", logprobs, 0, _MAX_LOGPROBS)
+    if message.prompt_logprobs and (logprobs is None or not message.echo):
+        raise InvalidField("output.prompt_logprobs", "needs output.echo and output.logprobs")
+    return OutputParams(
+        logprobs=logprobs, echo=message.echo, prompt_logprobs=message.prompt_logprobs
+    )
+
+
+def _check_token_id(path: str, token_id: int, model: ModelInfo) -> None:
+    size = model.vocabulary_size
+    if token_id >= size:
+        raise InvalidField(path, f"{token_id} is outside the vocabulary of {size} tokens")

@@ -1,0 +1,151 @@
+"""Writes the messages of one stream: numbered, with what the request asked for and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+from google.protobuf import duration_pb2
+
+from inference_worker.engine import event
+from inference_worker.engine.request import Request, SamplingParams
+from inference_worker.generate_request import Reading
+from inference_worker.served_model import ModelInfo
+from inference_worker.tokenizer import Tokenizer
+from protos.sluice.v1 import generation_pb2 as pb
+
+
+class StreamWriter:
+    """Makes the GenerateResponse messages of one stream."""
+
+    def __init__(self, reading: Reading, model: ModelInfo, tokenizer: Tokenizer) -> None:
+        self._reading = reading
+        self._model = model
+        self._tokenizer = tokenizer
+        self._sequence_number = 0
+        # Tokens of deltas that were not worth a message; they count in the choice's next one.
+        self._uncounted: defaultdict[int, int] = defaultdict(int)
+
+    def started(
+        self, request: Request | None, cached_tokens: int, queue_position: int
+    ) -> pb.GenerateResponse:
+        """The header. Without a request, one that ended before its prompt was tokenized: its tokens count as none."""
+        message = self._next()
+        started = message.started
+        started.request_id = self._reading.request_id
+        started.model = self._model.name
+        started.prompt_tokens = 0 if request is None else len(request.prompt)
+        started.cached_tokens = cached_tokens
+        started.queue_position = queue_position
+        started.sampling.CopyFrom(sampling_message(self._reading.sampling, self._model))
+        started.sampling.seed = self._reading.sampling.seed
+        started.max_tokens = (
+            self._reading.max_tokens or 0 if request is None else request.stopping.max_tokens
+        )
+        started.n = self._reading.n
+        started.created_at.FromNanoseconds(time.time_ns())
+        return message
+
+    def delta(self, delta: event.Delta) -> pb.GenerateResponse | None:
+        """An item, or None if it has nothing that was asked for."""
+        count = len(delta.tokens)
+        sends_logprobs = self._sends_logprobs(delta)
+        is_wanted = delta.text or (
+            delta.tokens and (self._reading.sends_token_ids or sends_logprobs)
+        )
+        if not is_wanted:
+            self._uncounted[delta.choice_index] += count
+            return None
+        message = self._next()
+        item = message.delta
+        item.choice_index = delta.choice_index
+        item.text = delta.text
+        item.token_count = count + self._uncounted.pop(delta.choice_index, 0)
+        item.is_prompt = delta.is_prompt
+        if self._reading.sends_token_ids:
+            item.token_ids.extend([token.token_id for token in delta.tokens])
+        if sends_logprobs:
+            item.logprobs.extend(map(self._logprob, delta.tokens))
+        return message
+
+    def finished(self, finished: event.Finished) -> pb.GenerateResponse:
+        """A footer."""
+        message = self._next()
+        footer = message.finished
+        footer.choice_index = finished.choice_index
+        footer.finish_reason = pb.FinishReason.Value(f"FINISH_REASON_{finished.reason.name}")
+        if finished.stop_sequence is not None:
+            footer.stop_sequence = finished.stop_sequence
+        elif finished.stop_token_id is not None:
+            footer.stop_token_id = finished.stop_token_id
+        if (usage := finished.usage) is not None:
+            footer.usage.prompt_tokens = usage.prompt_tokens
+            footer.usage.completion_tokens = usage.completion_tokens
+            footer.usage.cached_tokens = usage.cached_tokens
+        if (timings := finished.timings) is not None:
+            _set_seconds(footer.timings.queued, timings.queued)
+            _set_seconds(footer.timings.prefill, timings.prefill)
+            _set_seconds(footer.timings.decode, timings.decode)
+            _set_seconds(footer.timings.time_to_first_token, timings.time_to_first_token)
+        return message
+
+    def heartbeat(self) -> pb.GenerateResponse:
+        """A sign of life."""
+        message = self._next()
+        message.heartbeat.SetInParent()
+        return message
+
+    def _next(self) -> pb.GenerateResponse:
+        message = pb.GenerateResponse(sequence_number=self._sequence_number)
+        self._sequence_number += 1
+        return message
+
+    def _sends_logprobs(self, delta: event.Delta) -> bool:
+        output = self._reading.output
+        if delta.is_prompt:
+            return output.prompt_logprobs
+        return output.logprobs is not None
+
+    def _logprob(self, token: event.Token) -> pb.TokenLogprob:
+        return pb.TokenLogprob(
+            token=self._candidate(token),
+            top=map(self._candidate, token.top),
+        )
+
+    def _candidate(self, token: event.Token | event.Candidate) -> pb.Candidate:
+        return pb.Candidate(
+            token_id=token.token_id,
+            token=self._tokenizer.token_bytes(token.token_id),
+            logprob=token.logprob,
+        )
+
+
+def sampling_message(sampling: SamplingParams, model: ModelInfo) -> pb.Sampling:
+    """The parameters with every field set but the seed. "All" tokens of top_k are the whole vocabulary."""
+    return pb.Sampling(
+        temperature=sampling.temperature,
+        top_k=model.vocabulary_size if sampling.top_k is None else sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+    )
+
+
+def unstarted_endings(n: int, reason: event.FinishReason) -> Iterable[event.Finished]:
+    """The footers of a request that ended before the engine had it."""
+    for choice_index in range(n - 1):
+        yield event.Finished(choice_index, reason)
+    yield event.Finished(
+        n - 1,
+        reason,
+        usage=event.Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+        timings=event.Timings(queued=0.0, prefill=0.0, decode=0.0, time_to_first_token=0.0),
+    )
+
+
+def _set_seconds(duration: duration_pb2.Duration, seconds: float) -> None:
+    duration.FromNanoseconds(round(seconds * 1e9))

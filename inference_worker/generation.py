@@ -1,0 +1,165 @@
+"""One generation from its place in admission to its last message. Knows nothing of the transport."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
+
+from inference_worker.admission import Ticket
+from inference_worker.engine.engine_thread import EngineThread
+from inference_worker.engine.event import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Scheduled,
+    Started,
+)
+from inference_worker.engine.event_stream import EventStream
+from inference_worker.engine.request import Request
+from inference_worker.errors import InternalError
+from inference_worker.generate_request import Limits, Reading
+from inference_worker.generate_response import StreamWriter, unstarted_endings
+from inference_worker.prompt import PromptReader
+from inference_worker.registry import Registry
+from inference_worker.request_log import RequestRecord, get_logger
+from inference_worker.served_model import ServedModel
+from protos.sluice.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What generations run on; one for the whole worker."""
+
+    served: ServedModel
+    limits: Limits
+    prompts: PromptReader
+    engine: EngineThread
+    registry: Registry
+    heartbeat_seconds: float
+
+
+class Generation:
+    """Tokenizes a request's prompt, hands it to the engine, and turns the engine's events into messages."""
+
+    def __init__(
+        self, backend: Backend, reading: Reading, ticket: Ticket, record: RequestRecord
+    ) -> None:
+        self._backend = backend
+        self._reading = reading
+        self._ticket = ticket
+        self._record = record
+        self._writer = StreamWriter(reading, backend.served.info, backend.served.tokenizer)
+        self._admitted_at = time.monotonic()
+        self._tokenizing: asyncio.Future[list[int]] | None = None
+        self._request: Request | None = None  # set once the engine has it
+        self._end_reason: FinishReason | None = None
+        self._is_over = False
+
+    def end(self, reason: FinishReason) -> None:
+        """End it now, wherever it is; its reader gets a `finished` with the reason for each choice."""
+        if self._request is not None:
+            self._backend.engine.cancel(self._reading.request_id, reason)
+            return
+        self._end_reason = reason
+        if self._tokenizing is not None:
+            self._tokenizing.cancel()
+
+    async def messages(self) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The stream. Leaving it early takes the request out of the engine before its next step.
+
+        Raises: SluiceError.
+        """
+        try:
+            prompt = await self._read_prompt()
+            if prompt is None:
+                for message in self._unstarted(self._end_reason or FinishReason.CANCELLED):
+                    yield message
+                return
+            stream = self._submit(prompt)
+            while not self._is_over:
+                events = await self._next(stream)
+                self._account(events)
+                for message in self._write(events):
+                    yield message
+        finally:
+            # No await here: this also runs while the caller's task is being cancelled.
+            if self._tokenizing is not None:
+                self._tokenizing.cancel()
+            if self._request is not None and not self._is_over:
+                self._backend.engine.cancel(self._reading.request_id)
+
+    async def _read_prompt(self) -> list[int] | None:
+        """Token ids, or None if the request was ended meanwhile."""
+        tokenizing = self._tokenizing = self._backend.prompts.read(self._reading.prompt)
+        # Not `await tokenizing`: end() cancels it, and that must not look like the caller's going away.
+        await asyncio.wait([tokenizing])
+        if self._end_reason is not None:
+            if not tokenizing.cancelled():
+                tokenizing.exception()  # looked at, so that asyncio does not complain of a lost one
+            return None
+        return tokenizing.result()
+
+    def _submit(self, prompt: list[int]) -> EventStream:
+        request = self._reading.to_engine(prompt, self._backend.limits, self._admitted_at)
+        self._ticket.set_prompt_tokens(len(prompt))
+        stream = self._backend.engine.submit(request)
+        self._backend.registry.join_queue(request.request_id)
+        self._request = request
+        return stream
+
+    async def _next(self, stream: EventStream) -> Sequence[Event]:
+        """What is pending, once there is something; nothing if that takes as long as a heartbeat."""
+        try:
+            async with asyncio.timeout(self._backend.heartbeat_seconds):
+                return await stream.next()
+        except TimeoutError:
+            return ()
+
+    def _account(self, events: Sequence[Event]) -> None:
+        """Bring the books up to date before anything is written, as writing may wait for the reader."""
+        for event in events:
+            self._record.note(event)
+            match event:
+                case Scheduled():
+                    self._ticket.leave_queue()
+                    self._backend.registry.leave_queue(self._reading.request_id)
+                case Finished():
+                    self._ticket.finish_sequence()
+                    self._is_over = event.usage is not None
+                case Failed():
+                    self._is_over = True
+                case _:
+                    pass
+
+    def _write(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
+        if not events:
+            yield self._writer.heartbeat()
+        for event in events:
+            match event:
+                case Started():
+                    position = self._backend.registry.queue_position(self._reading.request_id)
+                    yield self._writer.started(self._request, event.cached_tokens, position)
+                case Delta():
+                    if (message := self._writer.delta(event)) is not None:
+                        yield message
+                case Finished():
+                    yield self._writer.finished(event)
+                case Failed():
+                    self._fail(event.error)
+                case _:
+                    pass
+
+    def _fail(self, error: Exception) -> None:
+        request_id = self._reading.request_id
+        get_logger().error("request failed", request_id=request_id, exc_info=error)
+        raise InternalError(request_id) from error
+
+    def _unstarted(self, reason: FinishReason) -> Iterator[pb.GenerateResponse]:
+        yield self._writer.started(None, cached_tokens=0, queue_position=0)
+        for finished in unstarted_endings(self._reading.n, reason):
+            self._record.note(finished)
+            yield self._writer.finished(finished)

@@ -1,0 +1,128 @@
+"""The log: JSON lines on stdout, one for each request. Prompts and completions stay out of it unless asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import defaultdict
+from typing import Any, Final
+
+import structlog
+from google.protobuf import json_format
+
+from inference_worker.engine.event import Delta, Event, Finished, Scheduled, Started
+from protos.sluice.v1 import generation_pb2 as pb
+
+Logger = structlog.typing.FilteringBoundLogger
+
+
+def configure_logging(level: str) -> None:
+    """Send every line of this process, the libraries' too, to stdout as one JSON object."""
+    # JSON escapes line breaks and all non-ASCII characters: nobody can forge a line.
+    render = structlog.processors.JSONRenderer(sort_keys=False)
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)
+
+
+def get_logger() -> Logger:
+    """The process's logger."""
+    logger: Logger = structlog.get_logger()
+    return logger
+
+
+class RequestRecord:
+    """Collects what the line of one request says."""
+
+    def __init__(self, message: pb.GenerateRequest, *, logs_prompts: bool) -> None:
+        self._began = time.monotonic()
+        self._fields: dict[str, Any] = {"request_id": message.request_id or None}
+        self._phase = "admission"
+        self._finish_reasons: dict[int, str] = {}
+        self._completion_tokens = 0
+        self._texts: defaultdict[int, list[str]] | None = None
+        if logs_prompts:
+            self._texts = defaultdict(list)
+            self._fields["prompt"] = json_format.MessageToDict(message.prompt)
+
+    def admitted(self, request_id: str, model: str) -> None:
+        """The request has a place, and its final id."""
+        self._fields |= {"request_id": request_id, "model": model}
+        self._phase = "tokenizing"
+
+    def note(self, event: Event) -> None:
+        """Remember what the engine says."""
+        match event:
+            case Started():
+                self._phase = "queue"
+                self._fields["prompt_tokens"] = event.prompt_tokens
+                self._fields["cached_tokens"] = event.cached_tokens
+            case Scheduled():
+                self._phase = "prefill"
+            case Delta():
+                self._note_delta(event)
+            case Finished():
+                self._note_finished(event)
+            case _:
+                pass
+
+    def write(self, status: str, **facts: object) -> None:
+        """Write the line; `status` is the gRPC status of the call."""
+        fields = self._fields | {
+            "status": status,
+            "phase": self._phase,  # how far it came
+            "finish_reasons": [reason for _, reason in sorted(self._finish_reasons.items())],
+            "completion_tokens": self._completion_tokens,
+            "total_seconds": _round(time.monotonic() - self._began),
+        }
+        if self._texts is not None:
+            fields["completions"] = ["".join(parts) for _, parts in sorted(self._texts.items())]
+        get_logger().info("request", **fields, **facts)
+
+    def _note_delta(self, delta: Delta) -> None:
+        if delta.is_prompt:
+            return
+        self._phase = "decode"
+        self._completion_tokens += len(delta.tokens)
+        if self._texts is not None:
+            self._texts[delta.choice_index].append(delta.text)
+
+    def _note_finished(self, finished: Finished) -> None:
+        self._finish_reasons[finished.choice_index] = finished.reason.name
+        if (usage := finished.usage) is not None:
+            self._phase = "finished"
+            self._completion_tokens = usage.completion_tokens
+            self._fields["prompt_tokens"] = usage.prompt_tokens
+            self._fields["cached_tokens"] = usage.cached_tokens
+        if (timings := finished.timings) is not None:
+            self._fields |= {
+                "queued_seconds": _round(timings.queued),
+                "prefill_seconds": _round(timings.prefill),
+                "decode_seconds": _round(timings.decode),
+                "ttft_seconds": _round(timings.time_to_first_token),
+            }
+
+
+_DIGITS: Final = 6
+
+
+def _round(seconds: float) -> float:
+    return round(seconds, _DIGITS)

@@ -1,0 +1,229 @@
+"""The worker without its transport: what each call of the contract does, in domain errors instead of statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Final, TypeVar
+
+from inference_worker.admission import Admission, AdmissionLimits
+from inference_worker.engine.engine import Engine, EngineOptions
+from inference_worker.engine.engine_thread import EngineThread
+from inference_worker.engine.event import FinishReason
+from inference_worker.errors import (
+    InternalError,
+    InvalidField,
+    ModelNotFound,
+    QueueFull,
+    SluiceError,
+    status_of,
+)
+from inference_worker.field_rules import refuse_unknown_fields
+from inference_worker.generate_request import Limits, read_request
+from inference_worker.generate_response import sampling_message
+from inference_worker.generation import Backend, Generation
+from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
+from inference_worker.registry import Registry
+from inference_worker.request_log import RequestRecord, get_logger
+from inference_worker.served_model import ServedModel
+from inference_worker.settings import WorkerSettings
+from protos.sluice.v1 import generation_pb2 as pb
+
+T = TypeVar("T")
+
+_SHUTDOWN_SECONDS: Final = 2.0  # for a reader to take its last message
+
+
+class Worker:
+    """Serves one model. Used from the event loop only; a transport calls it and writes what it yields."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        settings: WorkerSettings,
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        runner, info = served.runner, served.info
+        self._served = served
+        self._settings = settings
+        self._loaded_at = time.time_ns()
+        self.context_length = min(info.context_length, runner.num_blocks * runner.block_size)
+        engine = Engine(
+            runner,
+            served.tokenizer.new_detokenizer,
+            EngineOptions(
+                max_running=settings.max_running,
+                max_batch_tokens=settings.max_batch_tokens,
+                context_length=self.context_length,
+                prefix_cache=settings.prefix_cache,
+            ),
+        )
+        self._engine = EngineThread(engine, on_crash)
+        self._registry = Registry()
+        self._prompts = PromptReader(served.tokenizer)
+        self._side_calls = 0  # Tokenize and Detokenize calls under way
+        self._admission = Admission(
+            AdmissionLimits(settings.max_running, settings.max_waiting, settings.max_waiting_tokens)
+        )
+        self._backend = Backend(
+            served=served,
+            limits=Limits(settings.max_choices, self.context_length),
+            prompts=self._prompts,
+            engine=self._engine,
+            registry=self._registry,
+            heartbeat_seconds=settings.heartbeat_seconds,
+        )
+
+    def start(self) -> None:
+        """Begin to run requests."""
+        self._engine.start()
+
+    def stop_admitting(self) -> None:
+        """Refuse new generations from now on."""
+        self._admission.stop_admitting()
+
+    async def drain(self, seconds: float) -> None:
+        """Let the running generations finish; end those that take longer with SHUTDOWN."""
+        if await self._registry.wait_empty(seconds):
+            return
+        get_logger().warning("drain time is over", requests=len(self._registry))
+        self._registry.end_all(FinishReason.SHUTDOWN)
+        await self._registry.wait_empty(_SHUTDOWN_SECONDS)
+
+    async def close(self) -> None:
+        """End the engine and release the model's memory."""
+        self._prompts.close()
+        await self._engine.stop()
+
+    async def generate(
+        self, message: pb.GenerateRequest, deadline: float | None = None
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Generate; `deadline`, in time.monotonic's seconds, only tells the log why the caller went away.
+
+        Raises: SluiceError.
+        """
+        record = RequestRecord(message, logs_prompts=self._settings.log_prompts)
+        try:
+            async with aclosing(self._admit_and_run(message, record)) as messages:
+                async for response in messages:
+                    yield response
+        except SluiceError as error:
+            status = status_of(error)
+            record.write(status.code.name, reason=status.reason, field=error.field)
+            raise
+        except Exception as error:
+            get_logger().error("bug", request_id=message.request_id, exc_info=error)
+            record.write("INTERNAL")
+            raise InternalError(message.request_id or None) from error
+        except BaseException:  # the caller went away: cancelled, or the generator was closed
+            is_late = deadline is not None and time.monotonic() >= deadline
+            record.write("DEADLINE_EXCEEDED" if is_late else "CANCELLED")
+            raise
+        else:
+            record.write("OK")
+
+    async def _admit_and_run(
+        self, message: pb.GenerateRequest, record: RequestRecord
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if message.HasField("model"):
+            self._check_model(message.model)
+        reading = read_request(message, self._served.info, self._backend.limits)
+        self._registry.check_free(reading.request_id)
+        with self._admission.admit(reading.n, estimate_tokens(reading.prompt)) as ticket:
+            generation = Generation(self._backend, reading, ticket, record)
+            with self._registry.hold(reading.request_id, generation):
+                record.admitted(reading.request_id, self._served.info.name)
+                async with aclosing(generation.messages()) as messages:
+                    async for response in messages:
+                        yield response
+
+    def abort(self, message: pb.AbortRequest) -> pb.AbortResponse:
+        """End a generation. Raises: SluiceError."""
+        refuse_unknown_fields(message, "")
+        if not message.request_id:
+            raise InvalidField("request_id", "is required")
+        return pb.AbortResponse(outcome=self._registry.abort(message.request_id))
+
+    def get_model(self, message: pb.GetModelRequest) -> pb.GetModelResponse:
+        """Describe the model. Raises: SluiceError."""
+        refuse_unknown_fields(message, "")
+        if message.HasField("model"):
+            self._check_model(message.model)
+        info = self._served.info
+        response = pb.GetModelResponse(
+            model=info.name,
+            aliases=self._settings.model_aliases,
+            context_length=self.context_length,
+            vocabulary_size=info.vocabulary_size,
+            architecture=info.architecture,
+            dtype=info.dtype,
+            device=info.device,
+            parameter_count=info.parameter_count,
+            eos_token_ids=sorted(info.eos_token_ids),
+            has_chat_template=self._served.tokenizer.has_chat_template,
+            default_sampling=sampling_message(info.default_sampling, info),
+        )
+        response.loaded_at.FromNanoseconds(self._loaded_at)
+        return response
+
+    def get_load(self, message: pb.GetLoadRequest) -> pb.GetLoadResponse:
+        """Tell how busy the worker is. Raises: SluiceError."""
+        refuse_unknown_fields(message, "")
+        load = self._engine.load
+        limits = self._admission.limits
+        return pb.GetLoadResponse(
+            running=load.running,
+            waiting=load.waiting,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            block_size=load.block_size,
+            waiting_tokens=load.waiting_tokens,
+            max_running=limits.max_running,
+            max_waiting=limits.max_waiting,
+            max_waiting_tokens=limits.max_waiting_tokens,
+            steps=load.steps,
+            generated_tokens=load.generated_tokens,
+            preemptions=load.preemptions,
+            is_draining=self._admission.is_draining,
+            requests=self._admission.requests,
+        )
+
+    async def tokenize(self, message: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        """Turn a prompt into token ids. Raises: SluiceError."""
+        refuse_unknown_fields(message, "")
+        if message.HasField("model"):
+            self._check_model(message.model)
+        check_prompt(message.prompt)
+        if message.prompt.HasField("token_ids"):
+            raise InvalidField("prompt.token_ids", "are token ids already")
+        response = await self._side_call(lambda: self._prompts.tokenize(message.prompt))
+        response.context_length = self.context_length
+        return response
+
+    async def detokenize(self, message: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        """Turn token ids into text. Raises: SluiceError."""
+        refuse_unknown_fields(message, "")
+        if message.HasField("model"):
+            self._check_model(message.model)
+        text = await self._side_call(
+            lambda: self._prompts.decode(
+                message.token_ids, keep_special_tokens=message.keep_special_tokens
+            )
+        )
+        return pb.DetokenizeResponse(text=text)
+
+    async def _side_call(self, call: Callable[[], asyncio.Future[T]]) -> T:
+        """Await a use of the tokenizer that has no place in admission: as many at once as requests may wait."""
+        if self._side_calls > self._settings.max_waiting:
+            raise QueueFull(self._settings.max_waiting, self._admission.retry_after())
+        self._side_calls += 1
+        try:
+            return await call()
+        finally:
+            self._side_calls -= 1
+
+    def _check_model(self, name: str) -> None:
+        if name != self._served.info.name and name not in self._settings.model_aliases:
+            raise ModelNotFound(name, self._served.info.name)
