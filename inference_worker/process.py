@@ -1,0 +1,167 @@
+"""One worker process from its settings to its exit code: load, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from inference_worker.request_log import configure_logging, get_logger
+from inference_worker.served_model import ServedModel
+from inference_worker.server import AddressUnusable, Server
+from inference_worker.settings import WorkerSettings
+from inference_worker.worker import Worker
+
+PROGRAM: Final = "inference_worker"
+_EXIT_FAILURE: Final = 1
+_ENGINE_STOP_SECONDS: Final = 10.0
+# How long Python lets one thread hold the interpreter while another wants it. The engine's thread wants it all the
+# time; with the default of 5 ms every token waits that long for the event loop's turn.
+_SWITCH_SECONDS: Final = 0.0005
+
+LoadModel = Callable[[WorkerSettings], ServedModel]
+
+
+def run(settings: WorkerSettings, load_model: LoadModel) -> int:
+    """Serve until a signal or a crash; returns the exit code."""
+    configure_logging(settings.log_level)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_Process(settings, load_model).run())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+class _Process:
+    """The states of a worker process: loading, ready, draining."""
+
+    def __init__(self, settings: WorkerSettings, load_model: LoadModel) -> None:
+        self._settings = settings
+        self._load_model = load_model
+        self._stopping = asyncio.Event()  # a signal came, or the engine crashed
+        self._is_ready = False
+        self._has_crashed = False
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        server = Server(self._settings)
+        try:
+            server.bind()
+        except AddressUnusable as error:
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
+            return _EXIT_FAILURE
+        served = await self._load()
+        if served is None:
+            return _EXIT_FAILURE
+        worker = Worker(served, self._settings, self._on_crash)
+        worker.start()
+        await server.start(worker)
+        self._is_ready = True
+        self._tell_ready(server, served, worker)
+        await self._stopping.wait()
+        return await self._stop(server, worker)
+
+    async def _load(self) -> ServedModel | None:
+        """Load on a thread, so that signals are heard meanwhile."""
+        log = get_logger()
+        began = time.monotonic()
+        log.info("loading", model=self._settings.model, name=self._settings.served_name)
+        try:
+            served = await _run_on_daemon_thread(lambda: self._load_model(self._settings))
+        except Exception as error:
+            log.error("loading failed", model=self._settings.model, exc_info=error)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{PROGRAM}: cannot load {self._settings.model}: {reason}", file=sys.stderr)
+            return None
+        log.info("loaded", model=served.info.name, seconds=round(time.monotonic() - began, 3))
+        return served
+
+    def _tell_ready(self, server: Server, served: ServedModel, worker: Worker) -> None:
+        runner = served.runner
+        get_logger().info(
+            "ready",
+            address=server.address,
+            model=served.info.name,
+            aliases=self._settings.model_aliases,
+            context_length=worker.context_length,
+            kv_cache_blocks=runner.num_blocks,
+            kv_cache_block_size=runner.block_size,
+            kv_cache_tokens=runner.num_blocks * runner.block_size,
+            device=served.info.device,
+            dtype=served.info.dtype,
+            pid=os.getpid(),
+        )
+
+    async def _stop(self, server: Server, worker: Worker) -> int:
+        server.set_not_serving()
+        worker.stop_admitting()
+        if self._has_crashed:
+            await server.stop()  # the streams have failed; nothing can be finished
+            return _EXIT_FAILURE
+        get_logger().info("draining", seconds=self._settings.drain_seconds)
+        await worker.drain(self._settings.drain_seconds)
+        await server.stop()
+        try:
+            async with asyncio.timeout(_ENGINE_STOP_SECONDS):
+                await worker.close()
+        except TimeoutError:  # a step that never ends; waiting for its thread would hang the exit
+            get_logger().error("the engine does not stop")
+            _exit_now(_EXIT_FAILURE)
+        return self._exit_code()
+
+    def _exit_code(self) -> int:
+        if self._has_crashed:  # while draining
+            return _EXIT_FAILURE
+        get_logger().info("stopped")
+        return 0
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopping.is_set():
+            get_logger().warning("second signal: exiting at once", signal=number.name)
+            _exit_now(128 + number)
+        get_logger().info("signal", signal=number.name)
+        if not self._is_ready:  # still loading: there is nothing to finish
+            _exit_now(0)
+        self._stopping.set()
+
+    def _on_crash(self, error: BaseException) -> None:
+        get_logger().critical("the engine crashed", exc_info=error)
+        self._has_crashed = True
+        self._stopping.set()
+
+
+def _exit_now(code: int) -> None:
+    """End without waiting for any thread."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+async def _run_on_daemon_thread(work: Callable[[], ServedModel]) -> ServedModel:
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[ServedModel] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            loop.call_soon_threadsafe(done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(done.set_result, result)
+
+    threading.Thread(target=run, name="loader", daemon=True).start()
+    return await done
