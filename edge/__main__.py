@@ -1,0 +1,31 @@
+"""`python -m edge`: settings, serve, exit code."""
+
+import sys
+
+import uvloop
+
+from edge.logs import configure_logging
+from edge.server import listen, serve
+from edge.settings import InvalidSettingsError, load_settings
+
+
+def main() -> int:
+    """0 after an orderly stop, 1 when it cannot listen, 2 for a setting that cannot be used."""
+    try:
+        settings = load_settings()
+    except InvalidSettingsError as error:
+        print(f"edge: {error}", file=sys.stderr)
+        return 2
+    configure_logging(settings.log_level)
+    try:
+        listener = listen(settings)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        print(f"edge: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)
+        return 1
+    uvloop.run(serve(settings, listener))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The ASGI application."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edge.drain import Drain
+from edge.error_response import error_response
+from edge.errors import EdgeError
+from edge.info_endpoints import json_response
+from edge.openapi import document
+from edge.request_log import RequestLog, record_of
+from edge.response_schema import AnyObject
+from edge.routes import Operation, operations
+from edge.settings import EdgeSettings
+from edge.worker_client import WorkerClient
+
+
+def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
+    """The routes, with the worker's channel open while the application runs."""
+    worker = WorkerClient(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001
+        await worker.start()
+        try:
+            yield
+        finally:
+            await worker.close()
+
+    table = operations(worker, drain, settings)
+    table.append(_document_operation(table))
+    app = Starlette(
+        routes=[Route(entry.path, entry.endpoint, methods=[entry.method]) for entry in table],
+        middleware=_middleware(settings),
+        exception_handlers={EdgeError: _edge_error, HTTPException: _http_exception},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _document_operation(table: list[Operation]) -> Operation:
+    described: dict[str, object] = {}
+
+    async def openapi(request: Request) -> Response:  # noqa: ARG001
+        return json_response(described)
+
+    operation = Operation("GET", "/openapi.json", openapi, "This document.", AnyObject, ())
+    described.update(document([*table, operation]))
+    return operation
+
+
+def _middleware(settings: EdgeSettings) -> list[Middleware]:
+    middleware = [Middleware(RequestLog, max_connections=settings.max_connections)]
+    origins = settings.allowed_origins()
+    if origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "request-id", "retry-after", "retry-after-ms"],
+            )
+        )
+    return middleware
+
+
+async def _edge_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EdgeError)  # noqa: S101
+    record_of(request.scope).error(error)
+    return error_response(error)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    text = f"{error.detail}: {request.method} {request.url.path}"
+    return error_response(
+        EdgeError(error.status_code, kind, text, headers=dict(error.headers or {}))
+    )

@@ -1,0 +1,287 @@
+"""The native dialect: POST and GET /v1/streams, the contract's messages as typed server-sent events."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from google.protobuf import duration_pb2
+from pydantic import Field
+
+from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits
+from edge.dialects.openai_wire import LOWEST_LOGPROB, field_names, new_id, shown_bytes
+from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32, validate
+from edge.errors import EdgeError, invalid_request
+from edge.finish_reason import finish_reason_name
+from edge.json_codec import encode
+from protos.sluice.v1 import generation_pb2 as pb
+
+_ID_PREFIX = "stream"
+_LAST_EVENT_ID = re.compile(r"stream-[0-9a-f]{32}-[0-9]+(-end)?")
+_END = "-end"
+
+
+class StreamMessage(RequestModel):
+    """One message of a conversation."""
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str
+    name: str | None = None
+
+
+class StreamFields(SamplingFields, StoppingFields):
+    """What POST and GET have in common."""
+
+    model: str | None = Field(
+        None, max_length=1024, description="The served model or one of its aliases."
+    )
+    max_tokens: Uint32 | None = Field(None, description="Most tokens of each choice.")
+    n: Uint32 | None = Field(None, description="Number of choices; 1 when left out.")
+    logprobs: Uint32 | None = Field(
+        None, description="Send log-probabilities and this many likeliest candidates."
+    )
+    return_token_ids: bool | None = Field(None, description="Send token ids.")
+    echo: bool | None = Field(None, description="Send the prompt as each choice's first delta.")
+    prompt_logprobs: bool | None = Field(
+        None, description="With echo and logprobs: the prompt's log-probabilities too."
+    )
+
+
+class StreamRequest(StreamFields):
+    """Body of POST /v1/streams. Exactly one of prompt, token_ids and messages."""
+
+    prompt: str | None = Field(None, description="Plain text.")
+    token_ids: Annotated[list[Uint32], Field(min_length=1)] | None = Field(
+        None, description="A prompt of token ids."
+    )
+    messages: Annotated[list[StreamMessage], Field(min_length=1)] | None = Field(
+        None, description="A conversation."
+    )
+
+
+class StreamQuery(StreamFields):
+    """Parameters of GET /v1/streams; `stop` and `stop_token_ids` may be repeated."""
+
+    prompt: str = Field(description="Plain text.")
+    stop: list[str] | None = Field(None, description="Texts that end a choice.")
+    # Has no form as a query parameter.
+    logit_bias: None = Field(None, exclude=True)
+
+
+_LIST_PARAMETERS = frozenset({"stop", "stop_token_ids"})
+
+
+def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
+    """A POST in the contract's words."""
+    stream = validate(StreamRequest, body)
+    given = [
+        name for name in ("prompt", "token_ids", "messages") if getattr(stream, name) is not None
+    ]
+    if len(given) != 1:
+        raise invalid_request(
+            "Give exactly one of prompt, token_ids and messages.", given[1] if given else "prompt"
+        )
+    if stream.messages is not None:
+        messages = [
+            pb.ChatMessage(role=message.role, content=message.content, name=message.name)
+            for message in stream.messages
+        ]
+        return _parsed(stream, pb.Prompt(chat=pb.Chat(messages=messages)))
+    if stream.token_ids is not None:
+        return _parsed(stream, pb.Prompt(token_ids=pb.TokenIds(ids=stream.token_ids)))
+    return _parsed(stream, pb.Prompt(text=stream.prompt or ""))
+
+
+def parse_query(parameters: list[tuple[str, str]]) -> ParsedRequest:
+    """The parameters of a GET in the contract's words."""
+    values: dict[str, Any] = {}
+    for name, value in parameters:
+        if name in _LIST_PARAMETERS:
+            values.setdefault(name, []).append(value)
+        elif name in values:
+            raise invalid_request(f"{name} is given twice.", name)
+        else:
+            values[name] = value
+    query = validate(StreamQuery, values, strict=False)
+    return _parsed(query, pb.Prompt(text=query.prompt))
+
+
+def has_ended(last_event_id: str) -> bool:
+    """Whether a reconnecting reader saw its stream's last event. Raises a 410 when it did not.
+
+    The id of a last event says that it is the last, so the edge need not remember streams.
+    """
+    match = _LAST_EVENT_ID.fullmatch(last_event_id)
+    if match is not None and match[1] == _END:
+        return True
+    raise EdgeError(
+        410,
+        "invalid_request_error",
+        "The stream broke off and cannot be resumed; begin a new one without Last-Event-ID.",
+        "resume_not_supported",
+        "Last-Event-ID",
+        is_retryable=False,
+    )
+
+
+def _parsed(stream: StreamFields, prompt: pb.Prompt) -> ParsedRequest:
+    request_id = new_id(_ID_PREFIX)
+    request = pb.GenerateRequest(
+        request_id=request_id,
+        model=stream.model,
+        prompt=prompt,
+        sampling=stream.sampling(),
+        stopping=stream.stopping(stream.max_tokens),
+        output=pb.Output(
+            logprobs=stream.logprobs,
+            token_ids=stream.return_token_ids,
+            echo=stream.echo,
+            prompt_logprobs=stream.prompt_logprobs,
+        ),
+        n=stream.n,
+    )
+    names = field_names(
+        {
+            "prompt": "prompt",
+            "prompt.text": "prompt",
+            "prompt.chat": "messages",
+            "prompt.chat.messages": "messages",
+            "prompt.token_ids": "token_ids",
+            "prompt.token_ids.ids": "token_ids",
+            "stopping.stop_sequences": "stop",
+            "output.token_ids": "return_token_ids",
+        }
+    )
+    encoder = partial(NativeEncoder, request_id)
+    return ParsedRequest(request_id, [request], True, encoder, _never, names)
+
+
+def _never() -> Collector:
+    raise AssertionError("this dialect always streams")
+
+
+class NativeEncoder:
+    """Messages to `started`, `delta`, `finished` and `failed` events."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._next_sequence_number = 0
+        self._unfinished = 1
+        self._encoders: dict[str, Callable[[Any], dict[str, Any]]] = {
+            "started": _started_json,
+            "delta": _delta_json,
+            "finished": _finished_json,
+        }
+
+    def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:  # noqa: ARG002
+        """The event of one message."""
+        kind = message.WhichOneof("event")
+        self._next_sequence_number = message.sequence_number + 1
+        if kind is None or kind == "heartbeat":
+            return b""
+        if kind == "started":
+            self._unfinished = message.started.n
+        elif kind == "finished":
+            self._unfinished -= 1
+        data = self._encoders[kind](getattr(message, kind))
+        return self._event(kind, message.sequence_number, data, is_last=self._unfinished == 0)
+
+    def end(self) -> bytes:
+        """Nothing: the last `finished` is the end."""
+        return b""
+
+    def error(self, error: EdgeError) -> bytes:
+        """The event of a failure."""
+        return self._event("failed", self._next_sequence_number, error.body(), is_last=True)
+
+    def _event(
+        self,
+        kind: Literal["started", "delta", "finished", "failed"],
+        sequence_number: int,
+        data: dict[str, Any],
+        is_last: bool,
+    ) -> bytes:
+        end = _END if is_last else ""
+        head = f"event: {kind}\nid: {self._request_id}-{sequence_number}{end}\ndata: "
+        return head.encode() + encode(data) + b"\n\n"
+
+
+def _started_json(started: pb.Started) -> dict[str, Any]:
+    sampling = {
+        descriptor.name: _short(value)
+        for descriptor, value in started.sampling.ListFields()
+        if descriptor.name != "logit_bias"
+    }
+    return {
+        "request_id": started.request_id,
+        "model": started.model,
+        "created": started.created_at.seconds,
+        "prompt_tokens": started.prompt_tokens,
+        "cached_tokens": started.cached_tokens,
+        "queue_position": started.queue_position,
+        "max_tokens": started.max_tokens,
+        "n": started.n,
+        "sampling": sampling,
+    }
+
+
+def _short(value: float) -> float:
+    """A float32 as the number that was meant: 0.7, not 0.699999988079071."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _delta_json(delta: pb.Delta) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "choice_index": delta.choice_index,
+        "text": delta.text,
+        "token_count": delta.token_count,
+    }
+    if delta.is_prompt:
+        data["is_prompt"] = True
+    if delta.token_ids:
+        data["token_ids"] = list(delta.token_ids)
+    if delta.logprobs:
+        data["logprobs"] = [
+            {**_candidate_json(entry.token), "top": [_candidate_json(top) for top in entry.top]}
+            for entry in delta.logprobs
+        ]
+    return data
+
+
+def _candidate_json(candidate: pb.Candidate) -> dict[str, Any]:
+    logprob = None
+    if candidate.HasField("logprob"):
+        logprob = max(candidate.logprob, LOWEST_LOGPROB)
+    return {
+        "token_id": candidate.token_id,
+        "token": shown_bytes(candidate.token),
+        "bytes": list(candidate.token),
+        "logprob": logprob,
+    }
+
+
+def _finished_json(finished: pb.Finished) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "choice_index": finished.choice_index,
+        "finish_reason": finish_reason_name(finished.finish_reason),
+    }
+    matched = finished.WhichOneof("matched")
+    if matched is not None:
+        data[matched] = getattr(finished, matched)
+    if finished.HasField("usage"):
+        usage = finished.usage
+        data["usage"] = {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+        }
+    if finished.HasField("timings"):
+        data["timings"] = {
+            f"{descriptor.name}_seconds": _seconds(value)
+            for descriptor, value in finished.timings.ListFields()
+        }
+    return data
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

@@ -1,0 +1,333 @@
+"""POST /v1/completions: plain text, several prompts at once, legacy log-probabilities."""
+
+import codecs
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from edge.dialects.dialect import ParsedRequest, PromptLimits
+from edge.dialects.openai_schema import OpenAIFields, agreed
+from edge.dialects.openai_wire import (
+    ChunkFrame,
+    UsageCount,
+    field_names,
+    finish_reason,
+    new_id,
+    shown_bytes,
+    shown_logprob,
+)
+from edge.dialects.schema import Uint32, validate
+from edge.errors import EdgeError, invalid_request
+from edge.json_codec import encode
+from protos.sluice.v1 import generation_pb2 as pb
+
+TokenIds = Annotated[list[Uint32], Field(min_length=1)]
+
+
+class CompletionRequest(OpenAIFields):
+    """Body of POST /v1/completions, with TGI's parameters at its root."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    ) = Field(description="One text or list of token ids, or several.")
+    logprobs: Uint32 | None = Field(
+        None, description="Send log-probabilities and this many likeliest candidates."
+    )
+    echo: bool | None = Field(None, description="Send the prompt before the completion.")
+    max_completion_tokens: Uint32 | None = Field(None, description="Another name of max_tokens.")
+
+    # TGI.
+    max_new_tokens: Uint32 | None = Field(None, description="TGI: another name of max_tokens.")
+    do_sample: bool | None = Field(
+        None,
+        description="TGI: false is greedy, unless temperature, top_k or top_p ask for sampling.",
+    )
+    return_full_text: bool | None = Field(None, description="TGI: another name of echo.")
+    top_n_tokens: Uint32 | None = Field(None, description="TGI: another name of logprobs.")
+    stop_sequences: list[str] | None = Field(None, description="TGI: another name of stop.")
+    details: bool | None = Field(None, description="TGI: no effect; the counts are in usage.")
+
+    # Accepted with values that ask for nothing.
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+    typical_p: Literal[1] | Annotated[float, Field(ge=1, le=1)] | None = None
+    truncate: None = None
+    watermark: Literal[False] | None = None
+    decoder_input_details: Literal[False] | None = None
+    grammar: None = None
+    adapter_id: None = None
+
+    UNSUPPORTED = OpenAIFields.UNSUPPORTED | {
+        "suffix",
+        "best_of",
+        "typical_p",
+        "truncate",
+        "watermark",
+        "decoder_input_details",
+        "grammar",
+        "adapter_id",
+    }
+
+    def prompts(self) -> list[pb.Prompt]:
+        """Each prompt in the contract's words."""
+        if isinstance(self.prompt, str):
+            return [pb.Prompt(text=self.prompt)]
+        prompts = []
+        alone: list[int] = []
+        for entry in self.prompt:
+            if isinstance(entry, str):
+                prompts.append(pb.Prompt(text=entry))
+            elif isinstance(entry, int):
+                alone.append(entry)
+            else:
+                prompts.append(pb.Prompt(token_ids=pb.TokenIds(ids=entry)))
+        return prompts or [pb.Prompt(token_ids=pb.TokenIds(ids=alone))]
+
+
+def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
+    """A completions request in the contract's words."""
+    completion = validate(CompletionRequest, body)
+    prompts = completion.prompts()
+    if len(prompts) > limits.max_prompts:
+        raise invalid_request(f"prompt: at most {limits.max_prompts} at once.", "prompt")
+    generation_id = new_id("cmpl")
+    template = _template(completion)
+    requests = []
+    for index, prompt in enumerate(prompts):
+        request = pb.GenerateRequest()
+        request.CopyFrom(template)
+        request.prompt.CopyFrom(prompt)
+        request.request_id = f"{generation_id}-{index}" if len(prompts) > 1 else generation_id
+        requests.append(request)
+    has_logprobs = template.output.HasField("logprobs")
+    return ParsedRequest(
+        generation_id,
+        requests,
+        bool(completion.stream),
+        partial(
+            CompletionEncoder,
+            generation_id,
+            completion.sends_usage(),
+            completion.sends_running_usage(),
+            has_logprobs,
+            len(prompts),
+        ),
+        partial(CompletionCollector, generation_id, has_logprobs),
+        field_names(_names(completion)),
+    )
+
+
+def _template(completion: CompletionRequest) -> pb.GenerateRequest:
+    logprobs = agreed({"logprobs": completion.logprobs, "top_n_tokens": completion.top_n_tokens})
+    echo = completion.echo if completion.echo is not None else completion.return_full_text
+    if completion.stop is not None and completion.stop_sequences is not None:
+        raise invalid_request("stop_sequences contradicts stop.", "stop_sequences")
+    max_tokens = agreed(
+        {
+            "max_tokens": completion.max_tokens,
+            "max_completion_tokens": completion.max_completion_tokens,
+            "max_new_tokens": completion.max_new_tokens,
+        }
+    )
+    request = pb.GenerateRequest(
+        model=completion.model,
+        sampling=completion.sampling(),
+        stopping=completion.stopping(max_tokens),
+        output=pb.Output(
+            logprobs=logprobs,
+            echo=echo,
+            prompt_logprobs=True if echo and logprobs is not None else None,
+        ),
+        n=completion.n,
+    )
+    request.stopping.stop_sequences.extend(completion.stop_sequences or [])
+    asks_for_sampling = (completion.temperature, completion.top_k, completion.top_p)
+    if completion.do_sample is False and asks_for_sampling == (None, None, None):
+        request.sampling.temperature = 0
+    return request
+
+
+def _names(completion: CompletionRequest) -> dict[str, str]:
+    names = {
+        "prompt": "prompt",
+        "prompt.text": "prompt",
+        "prompt.token_ids": "prompt",
+        "prompt.token_ids.ids": "prompt",
+        "stopping.max_tokens": "max_tokens",
+        "stopping.stop_sequences": "stop",
+        "output.logprobs": "logprobs",
+    }
+    if completion.max_new_tokens is not None:
+        names["stopping.max_tokens"] = "max_new_tokens"
+    if completion.stop_sequences is not None:
+        names["stopping.stop_sequences"] = "stop_sequences"
+    if completion.top_n_tokens is not None:
+        names["output.logprobs"] = "top_n_tokens"
+    return names
+
+
+class LegacyLogprobs:
+    """Log-probabilities of one choice as four parallel lists."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def of(self, delta: pb.Delta) -> dict[str, list[Any]]:
+        """The lists of one delta."""
+        tokens, logprobs, tops, offsets = [], [], [], []
+        for entry in delta.logprobs:
+            tokens.append(shown_bytes(entry.token.token))
+            logprobs.append(shown_logprob(entry.token))
+            tops.append(_top(entry))
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.decode(entry.token.token))
+        return {
+            "tokens": tokens,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+def _top(entry: pb.TokenLogprob) -> dict[str, float | None] | None:
+    if not entry.token.HasField("logprob"):
+        return None
+    top: dict[str, float | None] = {}
+    for candidate in (*entry.top, entry.token):
+        top.setdefault(shown_bytes(candidate.token), shown_logprob(candidate))
+    return top
+
+
+class CompletionEncoder:
+    """Messages to `text_completion` events. Choice i of prompt p has index p*n + i."""
+
+    def __init__(
+        self,
+        generation_id: str,
+        sends_usage: bool,
+        sends_running_usage: bool,
+        has_logprobs: bool,
+        prompts: int,
+    ) -> None:
+        self._frame = ChunkFrame(generation_id, "text_completion", sends_usage, sends_running_usage)
+        self._has_logprobs = has_logprobs
+        self._prompts = prompts
+        self._n = 1
+        self._logprobs: dict[int, LegacyLogprobs] = {}
+
+    def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
+        """The events of one message."""
+        kind = message.WhichOneof("event")
+        if kind == "delta":
+            delta = message.delta
+            index = prompt * self._n + delta.choice_index
+            self._frame.usage.delta(prompt, delta)
+            logprobs = None
+            if self._has_logprobs:
+                logprobs = self._logprobs.setdefault(index, LegacyLogprobs()).of(delta)
+            return self._chunk(index, delta.text, logprobs)
+        if kind == "finished":
+            finished = message.finished
+            self._frame.usage.finished(prompt, finished)
+            index = prompt * self._n + finished.choice_index
+            return self._chunk(index, "", None, finish_reason(finished))
+        if kind == "started":
+            return self._started(prompt, message.started)
+        return b""
+
+    def end(self) -> bytes:
+        """Usage, if asked for, and the terminator."""
+        return self._frame.end()
+
+    def error(self, error: EdgeError) -> bytes:
+        """The event of a failure."""
+        return self._frame.error(error)
+
+    def _started(self, prompt: int, started: pb.Started) -> bytes:
+        self._frame.started(prompt, started)
+        self._n = started.n
+        if self._n * self._prompts == 1:
+            return b""
+        # Clients want to see choices in index order first; the worker may begin anywhere.
+        return b"".join(self._chunk(prompt * self._n + index, "") for index in range(self._n))
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, list[Any]] | None = None,
+        finish: str | None = None,
+    ) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return self._frame.chunk([choice])
+
+
+class _Choice:
+    def __init__(self, has_logprobs: bool) -> None:
+        self.text: list[str] = []
+        self.finish_reason = ""
+        self.logprobs: dict[str, list[Any]] | None = None
+        self._legacy = LegacyLogprobs()
+        if has_logprobs:
+            self.logprobs = self._legacy.of(pb.Delta())
+
+    def add(self, delta: pb.Delta) -> None:
+        self.text.append(delta.text)
+        if self.logprobs is not None:
+            for name, values in self._legacy.of(delta).items():
+                self.logprobs[name] += values
+
+
+class CompletionCollector:
+    """Messages to one `text_completion`."""
+
+    def __init__(self, generation_id: str, has_logprobs: bool) -> None:
+        self._id = generation_id
+        self._has_logprobs = has_logprobs
+        self._usage = UsageCount()
+        self._choices: dict[tuple[int, int], _Choice] = {}
+        self._started = pb.Started()
+
+    def add(self, prompt: int, message: pb.GenerateResponse) -> None:
+        """Takes one message."""
+        kind = message.WhichOneof("event")
+        if kind == "started":
+            self._started = message.started
+            self._usage.started(prompt, message.started)
+            for index in range(message.started.n):
+                self._choices[prompt, index] = _Choice(self._has_logprobs)
+        elif kind == "delta":
+            self._choices[prompt, message.delta.choice_index].add(message.delta)
+            self._usage.delta(prompt, message.delta)
+        elif kind == "finished":
+            choice = self._choices[prompt, message.finished.choice_index]
+            choice.finish_reason = finish_reason(message.finished)
+            self._usage.finished(prompt, message.finished)
+
+    def body(self) -> bytes:
+        """The whole answer."""
+        choices = [self._choices[key] for key in sorted(self._choices)]
+        return encode(
+            {
+                "id": self._id,
+                "object": "text_completion",
+                "created": self._started.created_at.seconds,
+                "model": self._started.model,
+                "choices": [
+                    {
+                        "index": index,
+                        "text": "".join(choice.text),
+                        "logprobs": choice.logprobs,
+                        "finish_reason": choice.finish_reason,
+                    }
+                    for index, choice in enumerate(choices)
+                ],
+                "usage": self._usage.as_json(),
+            }
+        )

@@ -1,0 +1,65 @@
+"""Request fields that both OpenAI routes share, and how they read."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32
+from edge.errors import invalid_request
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = Field(None, description="Send token counts in a last chunk.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="Send token counts so far in every chunk, and in a last one."
+    )
+    include_obfuscation: Literal[False] | None = Field(None, description="Not supported.")
+
+
+class OpenAIFields(SamplingFields, StoppingFields):
+    """Fields of both OpenAI routes."""
+
+    model: str | None = Field(
+        None, max_length=1024, description="The served model or one of its aliases."
+    )
+    n: Uint32 | None = Field(None, description="Number of choices; 1 when left out.")
+    max_tokens: Uint32 | None = Field(None, description="Most tokens of each choice.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    stream_options: StreamOptions | None = None
+
+    # Accepted, and without effect here: they name, count, bill or store, and change no token.
+    user: str | None = Field(None, description="No effect.")
+    metadata: dict[str, Any] | None = Field(None, description="No effect.")
+    store: bool | None = Field(None, description="No effect.")
+    service_tier: str | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
+    prompt_cache_key: str | None = Field(None, description="No effect.")
+    prompt_cache_retention: str | None = Field(None, description="No effect.")
+
+    # Names of vLLM's, accepted with the values that this server has anyway.
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    min_tokens: Literal[0] | None = None
+
+    UNSUPPORTED = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "min_tokens"})
+
+    def sends_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage or options.continuous_usage_stats)
+
+    def sends_running_usage(self) -> bool:
+        """Whether each chunk has the counts so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+
+def agreed(values: dict[str, int | None]) -> int | None:
+    """The one value that several names of one field have, or a 400."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(set(given.values())) > 1:
+        name = next(iter(given))
+        others = ", ".join(list(given)[1:])
+        raise invalid_request(f"{name} contradicts {others}.", name)
+    return next(iter(given.values()), None)

@@ -1,0 +1,125 @@
+"""The streamed answer: its status waits for the worker, then one event for each message, and pings in between."""
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.types import Message, Receive, Scope, Send
+
+from edge.dialects.dialect import StreamEncoder
+from edge.error_response import error_response
+from edge.errors import ClientGoneError, EdgeError
+from edge.generation import Generation
+from edge.protocol import EXTENSION, Connection
+from edge.request_log import RequestRecord
+from edge.worker_client import WorkerClient
+
+PING = b": ping\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@dataclass(frozen=True)
+class StreamTiming:
+    """How long a stream is silent at most, and how long its reader may be."""
+
+    heartbeat_seconds: float
+    first_message_seconds: float
+    send_timeout_seconds: float
+
+
+class EventStream:
+    """One streamed response."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: RequestRecord,
+        timing: StreamTiming,
+    ) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
+        self._record = record
+        self._timing = timing
+        self._clock = asyncio.get_running_loop().time
+        self._last_write = self._clock()
+        self._is_begun = False
+        # Events and pings come from two tasks.
+        self._writing = asyncio.Lock()
+
+    async def run(
+        self, generation: Generation, worker: WorkerClient, encoder: StreamEncoder
+    ) -> None:
+        """Sends the generation to its end. Failures become a status before the 200 and an event after it."""
+        pinging = asyncio.create_task(self._ping_forever(generation), name="heartbeat")
+        try:
+            started = await generation.open(worker)
+            await self._write(b"".join(map(encoder.encode, range(len(started)), started)))
+            while (item := await generation.read()) is not None:
+                event = encoder.encode(*item)
+                await self._write(event or PING)
+                if item[1].HasField("delta"):
+                    self._record.first_token()
+            await self._write(encoder.end(), is_last=True)
+        except EdgeError as error:
+            self._record.error(error)
+            pinging.cancel()
+            await self._fail(error, encoder)
+        finally:
+            pinging.cancel()
+
+    async def _fail(self, error: EdgeError, encoder: StreamEncoder) -> None:
+        async with self._writing:
+            if not self._is_begun:
+                self._is_begun = True
+                await error_response(error)(self._scope, self._receive, self._send)
+                return
+        await self._write(encoder.error(error), is_last=self._connection is None)
+        if self._connection is not None:
+            self._connection.cut()
+
+    async def _ping_forever(self, generation: Generation) -> None:
+        try:
+            await asyncio.sleep(self._timing.first_message_seconds)
+            if not self._is_begun:
+                await self._write(PING)
+            while True:
+                idle = self._clock() - self._last_write
+                if idle < self._timing.heartbeat_seconds:
+                    await asyncio.sleep(self._timing.heartbeat_seconds - idle)
+                elif self._writing.locked():  # an event is stuck in the send timeout's hands
+                    await asyncio.sleep(self._timing.heartbeat_seconds)
+                else:
+                    await self._write(PING)
+        except ClientGoneError as reason:
+            generation.stop(reason)
+
+    async def _write(self, data: bytes, is_last: bool = False) -> None:
+        async with self._writing:
+            if not self._is_begun:
+                self._is_begun = True
+                await self._send_in_time(
+                    {"type": "http.response.start", "status": 200, "headers": HEADERS}
+                )
+            await self._send_in_time(
+                {"type": "http.response.body", "body": data, "more_body": not is_last}
+            )
+            self._last_write = self._clock()
+
+    async def _send_in_time(self, message: Message) -> None:
+        connection = self._connection
+        if connection is not None and connection.is_writable:
+            await self._send(message)
+            return
+        try:
+            async with asyncio.timeout(self._timing.send_timeout_seconds):
+                await self._send(message)
+        except TimeoutError:
+            self._record.fields["finish"] = "send_timeout"
+            if connection is not None:
+                connection.abort()
+            raise ClientGoneError from None

@@ -1,0 +1,107 @@
+"""The raw ASGI endpoint of every route that generates, whatever its dialect."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits
+from edge.drain import Drain
+from edge.error_response import error_response
+from edge.errors import ClientGoneError, EdgeError
+from edge.event_stream import EventStream, StreamTiming
+from edge.generation import Generation
+from edge.request_log import RequestRecord, record_of
+from edge.settings import EdgeSettings
+from edge.worker_client import WorkerClient
+
+# Reads and checks a request; None means that nothing is left to send (204).
+Parse = Callable[[Request, PromptLimits], Awaitable[ParsedRequest | None]]
+
+
+class GenerateEndpoint:
+    """Parses with a dialect, generates with the worker, answers with the dialect's encoder."""
+
+    def __init__(
+        self, parse: Parse, worker: WorkerClient, drain: Drain, settings: EdgeSettings
+    ) -> None:
+        self._parse = parse
+        self._worker = worker
+        self._drain = drain
+        self._limits = PromptLimits(
+            settings.max_body_bytes, settings.max_json_depth, settings.max_prompts
+        )
+        self._timing = StreamTiming(
+            settings.heartbeat_seconds,
+            settings.first_message_seconds,
+            settings.send_timeout_seconds,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = record_of(scope)
+        try:
+            try:
+                parsed = await self._parse(Request(scope, receive), self._limits)
+                if parsed is None:
+                    await Response(status_code=204)(scope, receive, send)
+                    return
+                generation = Generation(parsed.requests, parsed.field_name)
+                with self._drain.running(generation), _watched(receive, generation):
+                    await self._generate(parsed, generation, scope, receive, send)
+            except EdgeError as error:
+                record.error(error)
+                await error_response(error)(scope, receive, send)
+        except ClientGoneError:
+            record.is_client_gone = True
+
+    async def _generate(
+        self,
+        parsed: ParsedRequest,
+        generation: Generation,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        record = record_of(scope)
+        record.fields |= {"generation_id": parsed.generation_id, "streamed": parsed.streamed}
+        try:
+            if parsed.streamed:
+                stream = EventStream(scope, receive, send, record, self._timing)
+                await stream.run(generation, self._worker, parsed.encoder())
+            else:
+                body = await self._collect(generation, parsed.collector(), record)
+                response = Response(body, media_type="application/json")
+                await response(scope, receive, send)
+        finally:
+            generation.cancel()
+            record.fields |= generation.summary()
+
+    async def _collect(
+        self, generation: Generation, collector: Collector, record: RequestRecord
+    ) -> bytes:
+        for prompt, message in enumerate(await generation.open(self._worker)):
+            collector.add(prompt, message)
+        while (item := await generation.read()) is not None:
+            if item[1].HasField("delta"):
+                record.first_token()
+            collector.add(*item)
+        return collector.body()
+
+
+@contextlib.contextmanager
+def _watched(receive: Receive, generation: Generation) -> Iterator[None]:
+    """Stops the generation when the client leaves. Only `receive` tells; sending to nobody succeeds."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.stop(ClientGoneError())
+
+    watcher = asyncio.create_task(watch(), name="disconnect watcher")
+    try:
+        yield
+    finally:
+        watcher.cancel()

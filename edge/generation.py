@@ -1,0 +1,156 @@
+"""The calls behind one HTTP request, read as one stream of messages."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from edge.errors import ClientGoneError, EdgeError, from_status, server_error
+from edge.finish_reason import finish_reason_name
+from edge.worker_client import GenerateCall, WorkerClient, error_from_call
+from protos.sluice.v1 import generation_pb2 as pb
+
+# Which of the request's prompts a message belongs to, and the message.
+Item = tuple[int, pb.GenerateResponse]
+
+
+class Generation:
+    """One call for each prompt of an HTTP request; most requests have one.
+
+    `stop` may come from anywhere at any time (the client went away, the edge shuts down): the calls are cancelled and
+    whoever reads gets the reason as an exception.
+    """
+
+    def __init__(
+        self, requests: Sequence[pb.GenerateRequest], field_name: Callable[[str], str]
+    ) -> None:
+        self._requests = requests
+        self._field_name = field_name
+        self._usage = pb.Usage()
+        self._finish_reasons: set[str] = set()
+        self._calls: list[GenerateCall] = []
+        self._unfinished: list[int] = []
+        self._reads: dict[asyncio.Task[pb.GenerateResponse | None], int] = {}
+        self._arrived: deque[tuple[int, asyncio.Task[pb.GenerateResponse | None]]] = deque()
+        self._stopped_by: EdgeError | ClientGoneError | None = None
+
+    def stop(self, reason: EdgeError | ClientGoneError) -> None:
+        """Ends the generation for a reason that readers will get. The first reason stays."""
+        if self._stopped_by is None:
+            self._stopped_by = reason
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Cancels what still runs. Calls are never abandoned: nothing else would end them."""
+        for call in self._calls:
+            call.cancel()
+        for task in self._reads:
+            task.cancel()
+
+    def summary(self) -> dict[str, Any]:
+        """Token counts and finish reasons, for the log line."""
+        return {
+            "prompt_tokens": self._usage.prompt_tokens,
+            "completion_tokens": self._usage.completion_tokens,
+            "cached_tokens": self._usage.cached_tokens,
+            "finish_reasons": sorted(self._finish_reasons),
+        }
+
+    async def open(self, worker: WorkerClient) -> list[pb.GenerateResponse]:
+        """Begins the calls and returns the `started` message of each.
+
+        All of them must be admitted before any is answered: a request that is refused in part is refused.
+        """
+        await worker.require_serving()
+        self._raise_if_stopped()
+        self._calls = [worker.generate(request) for request in self._requests]
+        if len(self._calls) == 1:
+            first = [await self._read_call(0)]
+        else:
+            first = await asyncio.gather(*map(self._read_call, range(len(self._calls))))
+        started = [message for message in first if message is not None]
+        if len(started) < len(first) or any(not m.HasField("started") for m in started):
+            raise server_error()
+        self._unfinished = [message.started.n for message in started]
+        return started
+
+    async def read(self) -> Item | None:
+        """The next message, or None after the last one."""
+        if len(self._calls) == 1:
+            message = await self._read_call(0)
+            return None if message is None else (0, message)
+        return await self._read_any()
+
+    async def _read_any(self) -> Item | None:
+        if not self._reads and not self._arrived:
+            self._begin_reads(range(len(self._calls)))
+        while self._arrived or self._reads:
+            if not self._arrived:
+                await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
+                done = [(index, task) for task, index in self._reads.items() if task.done()]
+                for index, task in done:
+                    del self._reads[task]
+                    self._arrived.append((index, task))
+            index, task = self._arrived.popleft()
+            message = self._result(task)
+            if message is not None:
+                self._begin_reads([index])
+                return index, message
+        return None
+
+    def _begin_reads(self, indexes: Sequence[int]) -> None:
+        for index in indexes:
+            task = asyncio.ensure_future(self._read_call(index))
+            task.add_done_callback(_retrieve)
+            self._reads[task] = index
+
+    def _result(self, task: asyncio.Task[pb.GenerateResponse | None]) -> pb.GenerateResponse | None:
+        if task.cancelled():
+            self._raise_if_stopped()
+        return task.result()
+
+    async def _read_call(self, index: int) -> pb.GenerateResponse | None:
+        call = self._calls[index]
+        try:
+            message = await call.read()
+        except asyncio.CancelledError:
+            self._raise_if_stopped()
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # grpc.aio raises this also when the worker itself ends the call with CANCELLED.
+            raise from_status(grpc.StatusCode.CANCELLED, None, None) from None
+        except grpc.aio.AioRpcError as error:
+            self._raise_if_stopped()
+            failure = error_from_call(error)
+            if failure.param is not None:
+                failure.param = self._field_name(failure.param)
+            raise failure from None
+        self._raise_if_stopped()
+        if not isinstance(message, pb.GenerateResponse):  # grpc.aio.EOF
+            if self._unfinished and self._unfinished[index] > 0:
+                raise server_error()
+            return None
+        if self._unfinished and message.HasField("finished"):
+            self._unfinished[index] -= 1
+            self._note(message.finished)
+        return message
+
+    def _note(self, finished: pb.Finished) -> None:
+        self._finish_reasons.add(finish_reason_name(finished.finish_reason))
+        if finished.HasField("usage"):
+            self._usage.prompt_tokens += finished.usage.prompt_tokens
+            self._usage.completion_tokens += finished.usage.completion_tokens
+            self._usage.cached_tokens += finished.usage.cached_tokens
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped_by is not None:
+            raise self._stopped_by
+
+
+def _retrieve(task: asyncio.Task[pb.GenerateResponse | None]) -> None:
+    """Marks a task's exception as seen: another one of the same request was first."""
+    if not task.cancelled():
+        task.exception()

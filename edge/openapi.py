@@ -1,0 +1,179 @@
+"""The OpenAPI document, made from the route table and the pydantic models."""
+
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from edge.response_schema import Error
+from edge.routes import Operation
+
+_REF = "#/components/schemas/{model}"
+_PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+_ID_HEADERS = {
+    name: {"schema": {"type": "string"}, "description": "The request's id."}
+    for name in ("x-request-id", "request-id")
+}
+_RETRY_HEADERS = {
+    "retry-after": {
+        "schema": {"type": "integer", "minimum": 1, "maximum": 5},
+        "description": "Seconds to wait.",
+    },
+    "retry-after-ms": {
+        "schema": {"type": "integer", "minimum": 1000, "maximum": 5000},
+        "description": "The same in milliseconds.",
+    },
+}
+_REQUEST_ID_PARAMETER = {
+    "name": "x-request-id",
+    "in": "header",
+    "required": False,
+    "description": "Comes back in the answer and stands in the log. Ignored unless it matches.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+}
+_LAST_EVENT_ID_PARAMETER = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "description": "Sent by an EventSource that reconnects.",
+    "schema": {"type": "string"},
+}
+_REASONS = {499: "The generation was aborted from elsewhere"}
+
+
+def document(operations: Sequence[Operation]) -> dict[str, Any]:
+    """The whole document."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        path = _PATH_PARAMETER.sub(r"{\1}", operation.path)
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Sluice",
+            "version": _version(),
+            "description": "Streams a language model's tokens as server-sent events.",
+        },
+        "paths": paths,
+        "components": {"schemas": _schemas(operations)},
+    }
+
+
+def _version() -> str:
+    try:
+        return version("sluice")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
+    answers: list[type[BaseModel]] = [Error]
+    bodies: list[type[BaseModel]] = []
+    for operation in operations:
+        answers += [model for model in (operation.answer, *operation.events.values()) if model]
+        bodies += [operation.body] if operation.body else []
+    _, definitions = models_json_schema(
+        [
+            *((model, "validation") for model in dict.fromkeys(answers)),
+            *((model, "validation") for model in dict.fromkeys(bodies)),
+        ],
+        ref_template=_REF,
+    )
+    schemas: dict[str, Any] = definitions["$defs"]
+    return schemas
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": _operation_id(operation),
+        "parameters": _parameters(operation),
+        "responses": _responses(operation),
+    }
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(operation.body)}},
+        }
+    return described
+
+
+def _operation_id(operation: Operation) -> str:
+    words = re.findall(r"\w+", operation.path.replace(":path", ""))
+    return "_".join([operation.method.lower(), *words])
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in _PATH_PARAMETER.findall(operation.path)
+    ]
+    if operation.query is not None:
+        schema = operation.query.model_json_schema(ref_template=_REF)
+        parameters += [
+            _query_parameter(name, value, name in schema.get("required", ()))
+            for name, value in schema["properties"].items()
+            if value.get("type") != "null"
+        ]
+    if "finished" in operation.events:
+        parameters.append(_LAST_EVENT_ID_PARAMETER)
+    return [*parameters, _REQUEST_ID_PARAMETER]
+
+
+def _query_parameter(name: str, schema: dict[str, Any], is_required: bool) -> dict[str, Any]:
+    # A query parameter is left out rather than null.
+    members = [member for member in schema.get("anyOf", ()) if member.get("type") != "null"]
+    kept = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "title")}
+    description = kept.pop("description", "")
+    return {
+        "name": name,
+        "in": "query",
+        "required": is_required,
+        "description": description,
+        "schema": members[0] if members else kept,
+    }
+
+
+def _responses(operation: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if operation.answer is not None:
+        content["application/json"] = {"schema": _ref(operation.answer)}
+    if operation.events:
+        content["text/event-stream"] = _event_stream(operation.events)
+    responses: dict[str, Any] = {
+        "200": {"description": "Done.", "headers": _ID_HEADERS, "content": content}
+    }
+    for status, description in operation.other_answers.items():
+        responses[str(status)] = {"description": description, "headers": _ID_HEADERS}
+        if operation.answer is not None:
+            responses[str(status)]["content"] = content
+    for status in sorted({*operation.errors, 429, 500}):
+        responses[str(status)] = {
+            "description": _REASONS.get(status) or HTTPStatus(status).phrase,
+            "headers": _ID_HEADERS | (_RETRY_HEADERS if status in (429, 503) else {}),
+            "content": {"application/json": {"schema": _ref(Error)}},
+        }
+    return responses
+
+
+def _event_stream(events: dict[str, type[BaseModel]]) -> dict[str, Any]:
+    models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), Error]))
+    names = ", ".join(f"`{name}`: {model.__name__}" for name, model in events.items() if name)
+    told = f"Typed events, each with an id: {names}." if names else "Ends with `data: [DONE]`."
+    return {
+        "schema": {
+            "type": "string",
+            "description": f"Server-sent events; the schemas of their data are in x-event-data. {told}"
+            " A silent stream gets `: ping` comments. A failure after the 200 is an event whose data"
+            " is an Error; the body then breaks off.",
+        },
+        "x-event-data": {"oneOf": [_ref(model) for model in models]},
+    }
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}

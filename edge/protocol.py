@@ -1,0 +1,108 @@
+"""uvicorn's HTTP protocol, made safe for long streams."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+EXTENSION = "sluice.connection"
+WRITE_HIGH_WATER = 8 * 1024
+
+
+class Connection:
+    """What the application may do to the connection that a request came on."""
+
+    def __init__(self, protocol: "StreamProtocol") -> None:
+        self._protocol = protocol
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether a send would return at once."""
+        return not self._protocol.flow.write_paused
+
+    @property
+    def open_connections(self) -> int:
+        """Connections of the whole server."""
+        return len(self._protocol.connections)
+
+    def abort(self) -> None:
+        """Drops the connection with all that is not yet sent."""
+        self._protocol.transport.abort()
+
+    def cut(self) -> None:
+        """Sends what is written and closes without ending the body, so that nobody takes it for complete."""
+        cycle = self._protocol.cycle
+        cycle.disconnected = True
+        cycle.message_event.set()
+        self._protocol.transport.close()
+
+
+class StreamProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose disconnects always reach the application.
+
+    Plain uvicorn loses the disconnect of a running response when another request is pipelined behind it: it pauses
+    reading, and marks only the newest request as disconnected. Here such a request ends the connection, which HTTP
+    allows at any time and no ordinary client provokes.
+    """
+
+    read_timeout_seconds: float = 30.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_refusing = False
+        self._read_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(  # type: ignore[override]  # as uvicorn has it
+        self, transport: asyncio.Transport
+    ) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        self._start_read_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_read_timer()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        # A client that half-closes has gone as far as a stream is concerned. Closing would first wait for it to read
+        # what is buffered, so abort; with no response running, uvicorn's plain close is right.
+        if self._is_response_running():
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        if self._is_response_running():
+            self._is_refusing = True
+            self.transport.abort()
+        super().on_message_begin()
+        extensions: dict[str, Any] = {EXTENSION: Connection(self)}
+        self.scope["extensions"] = extensions
+        self._start_read_timer()
+
+    def on_headers_complete(self) -> None:
+        if not self._is_refusing:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_refusing:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._is_refusing:
+            self._stop_read_timer()
+            super().on_message_complete()
+
+    def _is_response_running(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _start_read_timer(self) -> None:
+        self._stop_read_timer()
+        self._read_timer = self.loop.call_later(self.read_timeout_seconds, self._read_timed_out)
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _read_timed_out(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.abort()

@@ -1,0 +1,131 @@
+"""One id and one log line for each request."""
+
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edge.error_response import error_response
+from edge.errors import EdgeError, overloaded, server_error
+from edge.protocol import EXTENSION, Connection
+
+CLIENT_CLOSED_REQUEST = 499
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_STATE_KEY = "sluice_record"
+_log = structlog.get_logger("edge.request")
+
+
+@dataclass
+class RequestRecord:
+    """What is known of a request; becomes its log line. Never holds text of a prompt or a completion."""
+
+    request_id: str
+    client_request_id: str | None
+    begun: float = field(default_factory=time.monotonic)
+    status: int | None = None
+    is_client_gone: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def seconds(self) -> float:
+        """Since the request came."""
+        return round(time.monotonic() - self.begun, 6)
+
+    def first_token(self) -> None:
+        """Notes the time to the first token, once."""
+        if "ttft" not in self.fields:
+            self.fields["ttft"] = self.seconds()
+
+    def error(self, error: EdgeError) -> None:
+        """Notes how the request failed."""
+        self.fields["error"] = error.type
+        if error.param is not None:
+            self.fields["param"] = error.param
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of a request."""
+    record: RequestRecord = scope["state"][_STATE_KEY]
+    return record
+
+
+class RequestLog:
+    """ASGI middleware: ids in and out, the log line, and the answer to what nobody caught.
+
+    A client's `x-request-id` of up to 128 characters of [A-Za-z0-9._:-] comes back in `x-request-id` and `request-id`
+    and stands in the log. Any other value is ignored, and the edge's own id takes its place. The worker only ever sees
+    ids that the edge made, since a client may send the same one twice.
+    """
+
+    def __init__(self, app: ASGIApp, max_connections: int) -> None:
+        self._app = app
+        self._max_connections = max_connections
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Request(scope).headers.get("x-request-id", "")
+        record = RequestRecord(
+            request_id=f"req-{uuid.uuid4().hex}",
+            client_request_id=given if _CLIENT_ID.fullmatch(given) else None,
+        )
+        scope.setdefault("state", {})[_STATE_KEY] = record
+        shown = record.client_request_id or record.request_id
+
+        async def send_with_ids(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = shown
+                headers["request-id"] = shown
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_ids, record)
+        finally:
+            self._write(scope, record)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
+        connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
+        if (
+            connection is not None
+            and connection.open_connections > self._max_connections
+            and scope["path"] != "/health"
+        ):
+            refusal = overloaded("Too many connections; try again soon.")
+            refusal.headers["connection"] = "close"
+            await error_response(refusal)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            _log.exception("unexpected error", request_id=record.request_id)
+            if record.status is None:
+                failure = server_error()
+                record.error(failure)
+                await error_response(failure)(scope, receive, send)
+            elif connection is not None:
+                connection.cut()
+
+    @staticmethod
+    def _write(scope: Scope, record: RequestRecord) -> None:
+        route = scope.get("route")
+        is_gone = record.is_client_gone or record.status is None
+        _log.info(
+            "request",
+            request_id=record.request_id,
+            client_request_id=record.client_request_id,
+            method=scope["method"],
+            route=getattr(route, "path", None),
+            status=CLIENT_CLOSED_REQUEST if is_gone else record.status,
+            duration=record.seconds(),
+            **record.fields,
+        )

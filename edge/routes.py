@@ -1,0 +1,165 @@
+"""The route table: what is served where, and what its document says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from edge import response_schema as shape
+from edge.dialects import native, openai_chat, openai_completions
+from edge.dialects.dialect import ParsedRequest, PromptLimits
+from edge.drain import Drain
+from edge.generate_endpoint import GenerateEndpoint, Parse
+from edge.info_endpoints import InfoEndpoints
+from edge.request_body import read_object
+from edge.settings import EdgeSettings
+from edge.worker_client import WorkerClient
+
+# Every status that a generation may be refused with before its 200.
+GENERATE_ERRORS = (400, 401, 403, 404, 408, 409, 413, 429, 499, 500, 503, 504)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path."""
+
+    method: str
+    path: str
+    endpoint: ASGIApp | Callable[..., Any]
+    summary: str
+    # The body of a 200; None where it has none.
+    answer: type[BaseModel] | None
+    errors: tuple[int, ...]
+    body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
+    # Data of the server-sent events, by event name; "" where events have none.
+    events: dict[str, type[BaseModel]] = field(default_factory=dict)
+    other_answers: dict[int, str] = field(default_factory=dict)
+
+
+def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> list[Operation]:
+    """All of them but the document's own."""
+    info = InfoEndpoints(worker, drain)
+
+    def generate(parse: Parse) -> GenerateEndpoint:
+        return GenerateEndpoint(parse, worker, drain, settings)
+
+    return [
+        Operation(
+            "POST",
+            "/v1/chat/completions",
+            generate(_from_body(openai_chat.parse)),
+            "Answers a conversation, as OpenAI does.",
+            shape.ChatCompletion,
+            GENERATE_ERRORS,
+            body=openai_chat.ChatCompletionRequest,
+            events={"": shape.ChatCompletionChunk},
+        ),
+        Operation(
+            "POST",
+            "/v1/completions",
+            generate(_from_body(openai_completions.parse)),
+            "Continues texts, as OpenAI does.",
+            shape.Completion,
+            GENERATE_ERRORS,
+            body=openai_completions.CompletionRequest,
+            events={"": shape.Completion},
+        ),
+        Operation(
+            "GET",
+            "/v1/models",
+            info.models,
+            "Lists the served model.",
+            shape.ModelList,
+            (500, 503, 504),
+        ),
+        Operation(
+            "GET",
+            "/v1/models/{model:path}",
+            info.model,
+            "Describes the served model, by its name or an alias.",
+            shape.ModelObject,
+            (404, 500, 503, 504),
+        ),
+        *_native_operations(generate, info),
+        Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
+        Operation(
+            "GET",
+            "/ready",
+            info.ready,
+            "Whether a worker serves and the edge is not stopping.",
+            shape.Readiness,
+            (),
+            other_answers={503: "Not ready; the body says why."},
+        ),
+    ]
+
+
+def _native_operations(
+    generate: Callable[[Parse], GenerateEndpoint], info: InfoEndpoints
+) -> list[Operation]:
+    events: dict[str, type[BaseModel]] = {
+        "started": shape.StreamStarted,
+        "delta": shape.StreamDelta,
+        "finished": shape.StreamFinished,
+        "failed": shape.Error,
+    }
+    reconnect = {204: "The stream that Last-Event-ID names has ended; an EventSource stops."}
+    return [
+        Operation(
+            "POST",
+            "/v1/streams",
+            generate(_resumable(_from_body(native.parse))),
+            "Streams a generation as typed events.",
+            None,
+            (*GENERATE_ERRORS, 410),
+            body=native.StreamRequest,
+            events=events,
+            other_answers=reconnect,
+        ),
+        Operation(
+            "GET",
+            "/v1/streams",
+            generate(_resumable(_from_query)),
+            "Streams a generation as typed events to an EventSource.",
+            None,
+            (*GENERATE_ERRORS, 410),
+            query=native.StreamQuery,
+            events=events,
+            other_answers=reconnect,
+        ),
+        Operation(
+            "DELETE",
+            "/v1/streams/{request_id}",
+            info.abort,
+            "Aborts a generation that came over any connection.",
+            shape.Aborted,
+            (400, 404, 500, 503, 504),
+        ),
+    ]
+
+
+def _from_body(parse: Callable[[dict[str, Any], PromptLimits], ParsedRequest]) -> Parse:
+    async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
+        return parse(await read_object(request, limits), limits)
+
+    return read_and_parse
+
+
+async def _from_query(request: Request, limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
+    return native.parse_query(request.query_params.multi_items())
+
+
+def _resumable(parse: Parse) -> Parse:
+    """Answers readers that reconnect; others get a new stream."""
+
+    async def parse_unless_ended(request: Request, limits: PromptLimits) -> ParsedRequest | None:
+        last_event_id = request.headers.get("last-event-id", "")
+        if last_event_id and native.has_ended(last_event_id):
+            return None
+        return await parse(request, limits)
+
+    return parse_unless_ended

@@ -1,0 +1,157 @@
+"""The channel to the worker: calls with deadlines, and whether it serves."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from edge.errors import DETAILS_KEY, EdgeError, from_status, unavailable
+from edge.settings import EdgeSettings
+from protos.sluice.v1 import generation_pb2 as pb
+from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
+
+GenerateCall = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+
+_WATCH_RETRY_SECONDS = 0.25
+_log = structlog.get_logger("edge.worker")
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    """Options of the client side of the channel."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # Small windows, so that a client which does not read holds up the worker's writer soon.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 16384),
+        # A worker that vanished without a word is noticed after 15 seconds.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_retries", 1),
+    ]
+
+
+def error_from_call(error: grpc.aio.AioRpcError) -> EdgeError:
+    """The failure that a call ended with."""
+    rich = None
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            rich = value if isinstance(value, bytes) else value.encode()
+    return from_status(error.code(), error.details(), rich)
+
+
+class WorkerClient:
+    """One worker. Start it within the event loop that uses it."""
+
+    def __init__(self, settings: EdgeSettings) -> None:
+        self._settings = settings
+        self._is_serving = False
+        self._reason = "no answer from the worker yet"
+        self._known = asyncio.Event()
+
+    async def start(self) -> None:
+        """Opens the channel and begins to watch the worker's health."""
+        self._channel = grpc.aio.insecure_channel(
+            self._settings.worker, options=channel_options(self._settings.max_message_bytes)
+        )
+        self._stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(
+            self._channel
+        )
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._watch = asyncio.create_task(self._watch_forever(), name="worker health")
+
+    async def close(self) -> None:
+        """Ends every call and the channel."""
+        self._watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watch
+        await self._channel.close()
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the worker takes work, as it last said."""
+        return self._is_serving
+
+    @property
+    def reason(self) -> str:
+        """Why it does not."""
+        return self._reason
+
+    async def require_serving(self) -> None:
+        """Returns when the worker serves, raises a 503 when it does not; waits a little when that is not known."""
+        if not self._known.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._known.wait(), self._settings.connect_timeout_seconds)
+        if not self._is_serving:
+            raise unavailable(f"No worker is ready: {self._reason}.")
+
+    def generate(self, request: pb.GenerateRequest) -> GenerateCall:
+        """Begins a generation. The caller must cancel the call in `finally`."""
+        return self._stub.Generate(request, timeout=self._settings.request_timeout_seconds)
+
+    async def abort(self, request_id: str) -> pb.AbortOutcome.ValueType:
+        """Ends a generation that came over any connection."""
+        response: pb.AbortResponse = await self._ask(
+            self._stub.Abort, pb.AbortRequest(request_id=request_id)
+        )
+        return response.outcome
+
+    async def get_model(self, model: str | None = None) -> pb.GetModelResponse:
+        """Describes the served model."""
+        response: pb.GetModelResponse = await self._ask(
+            self._stub.GetModel, pb.GetModelRequest(model=model)
+        )
+        return response
+
+    async def _ask(self, method: Any, request: Any) -> Any:
+        await self.require_serving()
+        call = method(request, timeout=self._settings.connect_timeout_seconds)
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise error_from_call(error) from None
+        finally:
+            call.cancel()
+
+    async def _watch_forever(self) -> None:
+        while True:
+            call = self._health.Watch(health_pb2.HealthCheckRequest(service=""))
+            try:
+                async for response in call:
+                    self._health_changed(response.status)
+                self._set(False, "the worker ended its health stream")
+            except grpc.aio.AioRpcError as error:
+                self._watch_failed(error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(_WATCH_RETRY_SECONDS)
+
+    def _health_changed(self, status: int) -> None:
+        if status == health_pb2.HealthCheckResponse.SERVING:
+            self._set(True, "")
+        else:
+            name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+            self._set(False, f"the worker says {name}")
+
+    def _watch_failed(self, error: grpc.aio.AioRpcError) -> None:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            self._set(True, "")  # no health service, but a server that answers
+        elif error.code() is grpc.StatusCode.UNAVAILABLE:
+            self._set(False, "the worker cannot be reached")
+        else:
+            self._set(False, f"the worker's health check failed with {error.code().name}")
+
+    def _set(self, is_serving: bool, reason: str) -> None:
+        if (is_serving, reason) != (self._is_serving, self._reason) or not self._known.is_set():
+            _log.info("worker health", serving=is_serving, reason=reason or None)
+        self._is_serving, self._reason = is_serving, reason
+        self._known.set()
