@@ -1,0 +1,1 @@
+"""The model side of the worker: the only package that imports torch."""

@@ -1,0 +1,151 @@
+"""Paged attention for any Hugging Face decoder, entered through transformers' `AttentionInterface`.
+
+A model whose attention is set to `PAGED` calls `paged_attention` in every layer and hands it the keyword argument
+`batch` that the forward call was given. The name has no entry in transformers' mask interface on purpose: models then
+make no mask at all, and what a token sees is decided here, by the batch and the layer's window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from inference_worker.model.batch import Batch, Chunk
+
+PAGED = "sluice_paged"
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    batch: Batch,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_unused: object,
+) -> tuple[torch.Tensor, None]:
+    """Write a layer's new keys and values to the cache and attend to what each token may see.
+
+    Shapes: query [1, heads, tokens, key dim], key [1, kv heads, tokens, key dim], value [1, kv heads, tokens, value
+    dim]; the result is [1, tokens, heads, value dim]. `softcap` bounds the scores as in Gemma 2 (arXiv 2408.00118),
+    `s_aux` [heads] are attention sinks as in gpt-oss (arXiv 2508.10925). The window comes from the batch's cache, not
+    from a keyword, since models agree on it only in the mask that they ask for.
+
+    Raises: ValueError for a mask or position bias, which cannot be honoured.
+    """
+    if attention_mask is not None or position_bias is not None:
+        raise ValueError("paged attention takes neither a mask nor a position bias")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    batch.cache.write(layer, batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    rule = _Rule(scaling, softcap, s_aux)
+    parts = []
+    if batch.num_decode:
+        parts.append(_attend_decode(batch, layer, query[0, :, : batch.num_decode], rule))
+    parts.extend(
+        _attend_chunk(batch, layer, chunk, query, key, value, rule) for chunk in batch.chunks
+    )
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+class _Rule:
+    """How scores become weights in one layer."""
+
+    __slots__ = ("scaling", "sinks", "softcap")
+
+    def __init__(
+        self, scaling: float | None, softcap: float | None, sinks: torch.Tensor | None
+    ) -> None:
+        self.scaling = scaling
+        self.softcap = softcap
+        self.sinks = sinks
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attention over [rows, kv heads or heads, n, dim]; an additive mask broadcasts over the scores."""
+        if self.softcap is None and self.sinks is None:
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scaling
+            )
+        scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        scores = (query @ key.transpose(-1, -2)) * scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if is_causal:
+            mask = torch.full_like(scores[0, 0], -torch.inf).triu_(1)
+        if mask is not None:
+            scores = scores + mask
+        return self._weights(scores) @ value
+
+    def _weights(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.sinks is None:
+            return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+        # a sink is one more score of each head that takes weight and gives no value
+        sinks = self.sinks.reshape(1, *_sink_shape(scores, self.sinks), 1).expand(
+            *scores.shape[:-1], 1
+        )
+        weights = torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1, dtype=torch.float32)
+        return weights[..., :-1].to(scores.dtype)
+
+
+def _sink_shape(scores: torch.Tensor, sinks: torch.Tensor) -> tuple[int, int]:
+    """(heads, 1) for scores by head; (kv heads, heads of a group) for decode rows, whose group is the query axis."""
+    if scores.shape[1] == sinks.numel():
+        return scores.shape[1], 1
+    return scores.shape[1], sinks.numel() // scores.shape[1]
+
+
+def _attend_decode(batch: Batch, layer: int, query: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """Attention of the decode rows: query [heads, rows, dim] to [rows, heads, dim]."""
+    shape = batch.cache.layers[layer]
+    view = batch.decode_view(shape.window)
+    keys, values = batch.cache.read(layer, view.block_ids)
+    num_heads, rows, dim = query.shape
+    heads = shape.num_kv_heads
+    # the query heads that share a key head stand side by side as the query axis: no copy of keys for each
+    grouped = query.transpose(0, 1).reshape(rows, heads, num_heads // heads, dim)
+    keys = keys.view(rows, -1, heads, shape.key_dim).transpose(1, 2)
+    values = values.view(rows, -1, heads, shape.value_dim).transpose(1, 2)
+    return rule.attend(grouped, keys, values, view.mask).reshape(rows, num_heads, shape.value_dim)
+
+
+def _attend_chunk(
+    batch: Batch,
+    layer: int,
+    chunk: Chunk,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: _Rule,
+) -> torch.Tensor:
+    """Attention of one prefill chunk: [tokens, heads, value dim]."""
+    window = batch.cache.layers[layer].window
+    query = query[:, :, chunk.first : chunk.last]
+    if chunk.start == 0 and (window is None or chunk.stop <= window):
+        keys, values = key[:, :, chunk.first : chunk.last], value[:, :, chunk.first : chunk.last]
+        mask = None
+    else:
+        view = batch.chunk_view(chunk, window)
+        cached_keys, cached_values = batch.cache.read(layer, view.block_ids)
+        keys = cached_keys[: view.num_keys].transpose(0, 1)[None]
+        values = cached_values[: view.num_keys].transpose(0, 1)[None]
+        mask = view.mask
+    group = query.shape[1] // keys.shape[1]
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    return rule.attend(query, keys, values, mask, is_causal=mask is None)[0].transpose(0, 1)
+
+
+AttentionInterface.register(PAGED, paged_attention)

@@ -1,0 +1,277 @@
+"""Loads a checkpoint and makes everything that serving it takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from inference_worker.engine.request import SamplingParams
+from inference_worker.model import self_check
+from inference_worker.model.architecture import check_config, max_context_length, probe_layers
+from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
+from inference_worker.model.forward import TransformersForward
+from inference_worker.model.kv_cache import KVCache, LayerShape, bytes_per_token, count_blocks
+from inference_worker.model.memory import free_bytes
+from inference_worker.model.runner import ModelRunner
+from inference_worker.served_model import ModelInfo, ServedModel
+from inference_worker.tokenizer import Tokenizer
+
+_MIB = 2**20
+# Taken where neither the checkpoint nor a setting says how long a sequence may be.
+_DEFAULT_CONTEXT_LENGTH = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What to load and how; the names are those of the worker's settings."""
+
+    model: str  # a directory or a hub id
+    name: str
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    threads: int | None = None
+    context_length: int | None = None  # tokens
+    max_running: int = 32  # sequences
+    block_size: int = 16  # tokens
+    kv_cache_mib: int | None = None  # None: by fraction
+    kv_cache_fraction: float = 0.8  # of the memory free once the model is loaded
+    is_verbose: bool = False  # let transformers write its log and progress bars
+
+
+def load_model(options: LoadOptions) -> ServedModel:
+    """Load a checkpoint, check that it is served as its own code would, and allocate its KV cache.
+
+    Raises: LoadError, whose message is one line.
+    """
+    _configure(options)
+    config = _load_config(options.model)
+    check_config(config)
+    device = _choose_device(options.device)
+    model = _load_weights(options, device)
+    tokenizer = _load_tokenizer(options.model)
+    context_length = min(
+        max_context_length(config) or options.context_length or _DEFAULT_CONTEXT_LENGTH,
+        options.context_length or 2**62,
+    )
+    runner = make_runner(model, context_length, options)
+    return ServedModel(
+        info=ModelInfo(
+            name=options.name,
+            context_length=context_length,
+            vocabulary_size=_vocabulary_size(model),
+            architecture=type(model).__name__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=_describe(device),
+            parameter_count=sum(p.numel() for p in model.parameters()),
+            eos_token_ids=_eos_token_ids(model),
+            default_sampling=default_sampling(_generation_config(options.model)),
+        ),
+        tokenizer=tokenizer,
+        runner=runner,
+    )
+
+
+def make_runner(model: PreTrainedModel, context_length: int, options: LoadOptions) -> ModelRunner:
+    """Make a loaded model's runner and check it against the model's own forward pass.
+
+    Raises: UnsupportedModel, LoadError (no memory for the KV cache).
+    """
+    layers = probe_layers(model)
+    cache = _make_cache(model, layers, context_length, options)
+    samples = self_check.make_samples(
+        vocabulary_size=_vocabulary_size(model),
+        windows=[layer.window for layer in layers.values() if layer.window is not None],
+        context_length=context_length,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+    )
+    try:
+        references = self_check.reference_logits(model, samples)
+        runner = ModelRunner(TransformersForward(model), cache)
+        self_check.check(runner, samples, references)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{model.config.model_type}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"the model does not fit on {_describe(model.device)}") from error
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnsupportedModel(
+            f"{model.config.model_type}: paged attention does not work with it ({line})"
+        ) from error
+    return runner
+
+
+def default_sampling(generation_config: dict[str, Any]) -> SamplingParams:
+    """Sampling defaults that a checkpoint's generation_config.json states; what it leaves out stays neutral."""
+    given = {k: v for k, v in generation_config.items() if isinstance(v, int | float)}
+    neutral = SamplingParams()
+    temperature = float(given.get("temperature", neutral.temperature))
+    if given.get("do_sample") is False or temperature < 0:
+        temperature = 0.0
+    top_k = int(given.get("top_k", 0))
+    top_p = float(given.get("top_p", neutral.top_p))
+    min_p = float(given.get("min_p", neutral.min_p))
+    penalty = float(given.get("repetition_penalty", neutral.repetition_penalty))
+    return SamplingParams(
+        temperature=temperature,
+        top_k=top_k if top_k > 0 else None,
+        top_p=top_p if 0 < top_p <= 1 else neutral.top_p,
+        min_p=min_p if 0 <= min_p <= 1 else neutral.min_p,
+        repetition_penalty=penalty if penalty > 0 else neutral.repetition_penalty,
+    )
+
+
+def _configure(options: LoadOptions) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if not options.is_verbose:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _load_config(model: str) -> PretrainedConfig:
+    if _is_path(model) and not Path(model).is_dir():
+        raise ModelNotFound(f"model {model}: no such directory")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ModelNotFound(f"model {model}: {_not_found_reason(model)}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"model {model}: {_first_line(error)}") from error
+    return config
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
+
+
+def _not_found_reason(model: str) -> str:
+    if Path(model).is_dir():
+        return "the directory has no config.json that can be read"
+    return "not a directory, and the Hugging Face hub has no such model or cannot be reached"
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise LoadError(f"device {name}: torch finds no CUDA device here")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise LoadError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", index)
+    return device
+
+
+def _load_weights(options: LoadOptions, device: torch.device) -> PreTrainedModel:
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            options.model,
+            dtype=options.dtype,
+            attn_implementation="eager",  # every model has it; the paged one takes its place later
+            output_loading_info=True,
+        )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            # transformers would fill them with random numbers
+            raise LoadError(
+                f"model {options.model}: {len(missing)} weights are missing, {missing[0]} for one"
+            )
+        model.to(device)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"model {options.model}: does not fit on {_describe(device)}") from error
+    except OSError as error:
+        raise ModelNotFound(f"model {options.model}: {_first_line(error)}") from error
+    except (ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
+        raise UnsupportedModel(f"model {options.model}: {_first_line(error)}") from error
+    return model
+
+
+def _load_tokenizer(model: str) -> Tokenizer:
+    try:
+        return Tokenizer.load(model)
+    except Exception as error:  # a damaged tokenizer.json raises whatever its parser does
+        raise LoadError(f"model {model}: no usable tokenizer ({_first_line(error)})") from error
+
+
+def _make_cache(
+    model: PreTrainedModel, layers: dict[int, LayerShape], context_length: int, options: LoadOptions
+) -> KVCache:
+    if options.kv_cache_mib is not None:
+        num_bytes = options.kv_cache_mib * _MIB
+    else:
+        num_bytes = int(free_bytes(model.device) * options.kv_cache_fraction)
+    # A CPU's memory is everyone's: there, take no more than all slots at full length could use. On a GPU what is left
+    # is worth keeping prefixes in.
+    is_shared = model.device.type == "cpu" and options.kv_cache_mib is None
+    num_blocks = count_blocks(
+        num_bytes=num_bytes,
+        block_size=options.block_size,
+        token_bytes=bytes_per_token(layers, model.dtype),
+        most_tokens=options.max_running * context_length if is_shared else None,
+    )
+    try:
+        return KVCache(
+            layers,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise LoadError(
+            f"no memory for a KV cache of {num_bytes // _MIB} MiB on {_describe(model.device)}"
+        ) from error
+
+
+def _vocabulary_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config(decoder=True).eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)
+
+
+def _generation_config(model: str) -> dict[str, Any]:
+    """The file as it is: transformers' own class fills in defaults that the checkpoint does not state."""
+    path = cached_file(
+        model,
+        "generation_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise LoadError(f"model {model}: generation_config.json is not JSON") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
