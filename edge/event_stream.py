@@ -84,14 +84,14 @@ class EventStream:
 
     async def _ping_forever(self, generation: Generation) -> None:
         try:
-            await asyncio.sleep(self._timing.first_message_seconds)
-            if not self._is_begun:
-                await self._write(PING)
             while True:
-                idle = self._clock() - self._last_write
-                if idle < self._timing.heartbeat_seconds:
-                    await asyncio.sleep(self._timing.heartbeat_seconds - idle)
-                elif self._writing.locked():  # an event is stuck in the send timeout's hands
+                limit = self._timing.first_message_seconds
+                if self._is_begun:
+                    limit = self._timing.heartbeat_seconds
+                left = limit - (self._clock() - self._last_write)
+                if left > 0:
+                    await asyncio.sleep(min(left, self._timing.heartbeat_seconds))
+                elif self._writing.locked():  # an event waits for its reader
                     await asyncio.sleep(self._timing.heartbeat_seconds)
                 else:
                     await self._write(PING)

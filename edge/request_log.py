@@ -17,6 +17,8 @@ from edge.protocol import EXTENSION, Connection
 
 CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Asked every few seconds by orchestrators.
+_PROBES = frozenset({"/health", "/ready"})
 _STATE_KEY = "sluice_record"
 _log = structlog.get_logger("edge.request")
 
@@ -119,7 +121,8 @@ class RequestLog:
     def _write(scope: Scope, record: RequestRecord) -> None:
         route = scope.get("route")
         is_gone = record.is_client_gone or record.status is None
-        _log.info(
+        write = _log.debug if scope["path"] in _PROBES else _log.info
+        write(
             "request",
             request_id=record.request_id,
             client_request_id=record.client_request_id,
