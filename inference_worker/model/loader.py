@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -29,42 +28,56 @@ _MIB = 2**20
 _DEFAULT_CONTEXT_LENGTH = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What to load and how; the names are those of the worker's settings."""
+class LoadSettings(Protocol):
+    """What to load and how; a part of the worker's settings."""
 
-    model: str  # a directory or a hub id
-    name: str
-    dtype: str = "auto"  # auto, float32, bfloat16, float16
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    threads: int | None = None
-    context_length: int | None = None  # tokens
-    max_running: int = 32  # sequences
-    block_size: int = 16  # tokens
-    kv_cache_mib: int | None = None  # None: by fraction
-    kv_cache_fraction: float = 0.8  # of the memory free once the model is loaded
-    is_verbose: bool = False  # let transformers write its log and progress bars
+    @property
+    def model(self) -> str: ...  # a directory or a hub id
+    @property
+    def served_name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...  # auto, float32, bfloat16, float16
+    @property
+    def device(self) -> str: ...  # auto, cpu, cuda, cuda:N
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def context_length(self) -> int | None: ...  # tokens
+    @property
+    def max_running(self) -> int: ...  # sequences
+    @property
+    def block_size(self) -> int: ...  # tokens
+    @property
+    def kv_cache_mib(self) -> int | None: ...  # None: by fraction
+    @property
+    def kv_cache_fraction(self) -> float: ...  # of the memory free once the model is loaded
+    @property
+    def log_level(self) -> str: ...  # debug lets transformers write its log and progress bars
 
 
-def load_model(options: LoadOptions) -> ServedModel:
+def load_model(settings: LoadSettings) -> ServedModel:
     """Load a checkpoint, check that it is served as its own code would, and allocate its KV cache.
 
     Raises: LoadError, whose message is one line.
     """
-    _configure(options)
-    config = _load_config(options.model)
+    _configure(settings)
+    config = _load_config(settings.model)
     check_config(config)
-    device = _choose_device(options.device)
-    model = _load_weights(options, device)
-    tokenizer = _load_tokenizer(options.model)
+    device = _choose_device(settings.device)
+    tokenizer = _load_tokenizer(settings.model)
+    model = _load_weights(settings, device)
+    if tokenizer.vocabulary_size > (known := _vocabulary_size(model)):
+        raise UnsupportedModel(
+            f"its tokenizer has {tokenizer.vocabulary_size} tokens, the model knows {known}"
+        )
     context_length = min(
-        max_context_length(config) or options.context_length or _DEFAULT_CONTEXT_LENGTH,
-        options.context_length or 2**62,
+        max_context_length(config) or settings.context_length or _DEFAULT_CONTEXT_LENGTH,
+        settings.context_length or 2**62,
     )
-    runner = make_runner(model, context_length, options)
+    runner = make_runner(model, context_length, settings)
     return ServedModel(
         info=ModelInfo(
-            name=options.name,
+            name=settings.served_name,
             context_length=context_length,
             vocabulary_size=_vocabulary_size(model),
             architecture=type(model).__name__,
@@ -72,20 +85,20 @@ def load_model(options: LoadOptions) -> ServedModel:
             device=_describe(device),
             parameter_count=sum(p.numel() for p in model.parameters()),
             eos_token_ids=_eos_token_ids(model),
-            default_sampling=default_sampling(_generation_config(options.model)),
+            default_sampling=default_sampling(_generation_config(settings.model)),
         ),
         tokenizer=tokenizer,
         runner=runner,
     )
 
 
-def make_runner(model: PreTrainedModel, context_length: int, options: LoadOptions) -> ModelRunner:
+def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSettings) -> ModelRunner:
     """Make a loaded model's runner and check it against the model's own forward pass.
 
     Raises: UnsupportedModel, LoadError (no memory for the KV cache).
     """
     layers = probe_layers(model)
-    cache = _make_cache(model, layers, context_length, options)
+    cache = _make_cache(model, layers, context_length, settings)
     samples = self_check.make_samples(
         vocabulary_size=_vocabulary_size(model),
         windows=[layer.window for layer in layers.values() if layer.window is not None],
@@ -129,10 +142,10 @@ def default_sampling(generation_config: dict[str, Any]) -> SamplingParams:
     )
 
 
-def _configure(options: LoadOptions) -> None:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if not options.is_verbose:
+def _configure(settings: LoadSettings) -> None:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.log_level != "debug":
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -140,13 +153,13 @@ def _configure(options: LoadOptions) -> None:
 
 def _load_config(model: str) -> PretrainedConfig:
     if _is_path(model) and not Path(model).is_dir():
-        raise ModelNotFound(f"model {model}: no such directory")
+        raise ModelNotFound("no such directory")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(model)
     except OSError as error:
-        raise ModelNotFound(f"model {model}: {_not_found_reason(model)}") from error
+        raise ModelNotFound(_not_found_reason(model)) from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"model {model}: {_first_line(error)}") from error
+        raise UnsupportedModel(_first_line(error)) from error
     return config
 
 
@@ -174,27 +187,25 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _load_weights(options: LoadOptions, device: torch.device) -> PreTrainedModel:
+def _load_weights(settings: LoadSettings, device: torch.device) -> PreTrainedModel:
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            options.model,
-            dtype=options.dtype,
+            settings.model,
+            dtype=settings.dtype,
             attn_implementation="eager",  # every model has it; the paged one takes its place later
             output_loading_info=True,
         )
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             # transformers would fill them with random numbers
-            raise LoadError(
-                f"model {options.model}: {len(missing)} weights are missing, {missing[0]} for one"
-            )
+            raise LoadError(f"{len(missing)} weights are missing, {missing[0]} for one")
         model.to(device)  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
-        raise LoadError(f"model {options.model}: does not fit on {_describe(device)}") from error
+        raise LoadError(f"the model does not fit on {_describe(device)}") from error
     except OSError as error:
-        raise ModelNotFound(f"model {options.model}: {_first_line(error)}") from error
+        raise ModelNotFound(_first_line(error)) from error
     except (ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
-        raise UnsupportedModel(f"model {options.model}: {_first_line(error)}") from error
+        raise UnsupportedModel(_first_line(error)) from error
     return model
 
 
@@ -202,30 +213,33 @@ def _load_tokenizer(model: str) -> Tokenizer:
     try:
         return Tokenizer.load(model)
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser does
-        raise LoadError(f"model {model}: no usable tokenizer ({_first_line(error)})") from error
+        raise LoadError(f"no usable tokenizer ({_first_line(error)})") from error
 
 
 def _make_cache(
-    model: PreTrainedModel, layers: dict[int, LayerShape], context_length: int, options: LoadOptions
+    model: PreTrainedModel,
+    layers: dict[int, LayerShape],
+    context_length: int,
+    settings: LoadSettings,
 ) -> KVCache:
-    if options.kv_cache_mib is not None:
-        num_bytes = options.kv_cache_mib * _MIB
+    if settings.kv_cache_mib is not None:
+        num_bytes = settings.kv_cache_mib * _MIB
     else:
-        num_bytes = int(free_bytes(model.device) * options.kv_cache_fraction)
+        num_bytes = int(free_bytes(model.device) * settings.kv_cache_fraction)
     # A CPU's memory is everyone's: there, take no more than all slots at full length could use. On a GPU what is left
     # is worth keeping prefixes in.
-    is_shared = model.device.type == "cpu" and options.kv_cache_mib is None
+    is_shared = model.device.type == "cpu" and settings.kv_cache_mib is None
     num_blocks = count_blocks(
         num_bytes=num_bytes,
-        block_size=options.block_size,
+        block_size=settings.block_size,
         token_bytes=bytes_per_token(layers, model.dtype),
-        most_tokens=options.max_running * context_length if is_shared else None,
+        most_tokens=settings.max_running * context_length if is_shared else None,
     )
     try:
         return KVCache(
             layers,
             num_blocks=num_blocks,
-            block_size=options.block_size,
+            block_size=settings.block_size,
             dtype=model.dtype,
             device=model.device,
         )
@@ -263,7 +277,7 @@ def _generation_config(model: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
-        raise LoadError(f"model {model}: generation_config.json is not JSON") from error
+        raise LoadError("generation_config.json is not JSON") from error
     return content if isinstance(content, dict) else {}
 
 

@@ -31,6 +31,11 @@ class ModelRunner:
             raise RuntimeError("the runner is closed")
         return self._cache
 
+    @property
+    def description(self) -> str:
+        """One line about the memory taken, for the start of the log."""
+        return str(self.cache)
+
     @torch.inference_mode()
     def execute(self, rows: Rows[Row]) -> list[RowOutput]:
         """See Runner."""
