@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from edge.errors import unavailable
 from edge.generation import Generation
 
-_FAREWELL_SECONDS = 2.0
+_FAREWELL_SECONDS = 1.0
 
 
 class Drain:

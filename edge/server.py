@@ -19,7 +19,7 @@ from edge.settings import EdgeSettings
 _SEND_BUFFER_BYTES = 16 * 1024
 _BACKLOG = 2048
 # After the drain only connections that do not read are left.
-_CLOSE_SECONDS = 2
+_CLOSE_SECONDS = 1
 _log = structlog.get_logger("edge")
 
 
@@ -71,19 +71,20 @@ class _Server(uvicorn.Server):
 
 async def serve(settings: EdgeSettings, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once."""
+    drain = Drain()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
         if stopping.is_set():
             os._exit(128 + number)
+        drain.is_stopping = True
         _log.info("edge stopping", signal=signal.Signals(number).name)
         stopping.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
 
-    drain = Drain()
     server = _Server(_config(settings, drain))
     serving = asyncio.create_task(server.serve([listener]), name="uvicorn")
     stopped = asyncio.create_task(stopping.wait(), name="stop signal")

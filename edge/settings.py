@@ -35,7 +35,6 @@ class EdgeSettings(BaseSettings):
     )
     worker: str = Field(
         "localhost:50051",
-        min_length=1,
         description="gRPC target of the worker: host:port, or unix:/path.",
     )
     cors_origins: str = Field(

@@ -33,20 +33,20 @@ def status(
     return status_pb2.Status(code=code.value[0], message=message, details=packed)
 
 
-def bad_field(path: str, description: str = "out of range") -> Message:
+def bad_field(path: str, description: str = "out of range") -> Any:
     """Names a field that was refused."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=path, description=description)
     return error_details_pb2.BadRequest(field_violations=[violation])
 
 
-def retry_in(seconds: float) -> Message:
+def retry_in(seconds: float) -> Any:
     """Says when to try again."""
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(int(seconds * 1000))
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
-def error_info(reason: str) -> Message:
+def error_info(reason: str) -> Any:
     """What the worker puts into every failure."""
     return error_details_pb2.ErrorInfo(reason=reason, domain="sluice")
 
@@ -151,7 +151,9 @@ def failing(
 
 
 class ScriptedWorker(pb_grpc.GenerationServiceServicer):
-    """Runs `script` for each Generate and remembers what came."""
+    """Runs `script` for each Generate and remembers what came. The edge calls nothing but the three methods here."""
+
+    GetLoad = Tokenize = Detokenize = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self.health = health.aio.HealthServicer()
@@ -177,11 +179,11 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         finally:
             call.ended.set()
 
-    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # type: ignore[override]  # noqa: N802
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
         self.aborted.append(request.request_id)
         return pb.AbortResponse(outcome=self.abort_outcome)
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # type: ignore[override]  # noqa: N802
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         if request.HasField("model") and request.model not in (MODEL, ALIAS):
             rich = status(
                 grpc.StatusCode.NOT_FOUND, "no such model", [error_info("MODEL_NOT_FOUND")]

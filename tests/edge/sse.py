@@ -30,7 +30,8 @@ class Parsed:
 def parse(stream: bytes) -> Parsed:
     """Reads a stream as an EventSource does."""
     parsed = Parsed()
-    kind, data, last_event_id = "", [], ""
+    kind, last_event_id = "", ""
+    data: list[str] = []
     lines = re.split("\r\n|\n|\r", stream.decode("utf-8"))
     for line in lines[:-1]:
         if not line:

@@ -3,7 +3,9 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import grpc
 import psutil
 import pytest
 
@@ -12,7 +14,7 @@ from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-REQUESTS = {
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", CHAT | {"stream": True}),
     "chat unstreamed": ("/v1/chat/completions", CHAT),
     "completions": ("/v1/completions", {"prompt": "hi", "stream": True}),
@@ -107,8 +109,12 @@ async def test_every_route_cancels(
     async with RawClient(edge.port) as client:
         await client.send(request_bytes(path, body))
         await asyncio.wait_for(reached.wait(), PATIENCE)
+        calls = 2 if "batch" in kind else 1
+        async with asyncio.timeout(PATIENCE):
+            while len(worker.calls) < calls:
+                await asyncio.sleep(0.01)
         client.socket.close()
-        await assert_cancelled(worker, 2 if "batch" in kind else 1)
+        await assert_cancelled(worker, calls)
 
 
 async def test_an_event_source_cancels(edge: EdgeProcess, worker: ScriptedWorker) -> None:
@@ -137,8 +143,6 @@ async def test_a_batch_refused_in_part_is_refused_and_cancelled(
 
     async def script(call: ScriptedCall) -> None:
         if call.request.prompt.text == "bad":
-            import grpc
-
             await asyncio.wait_for(other_started.wait(), PATIENCE)
             await call.fail(grpc.StatusCode.RESOURCE_EXHAUSTED)
         await call.started()

@@ -1,5 +1,7 @@
 """Every row of the error table, over real sockets: before the 200 and after it."""
 
+from typing import Any
+
 import grpc
 import httpx
 import pytest
@@ -20,7 +22,7 @@ from tests.edge.scripted_worker import (
 from tests.edge.sse import parse
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-ROUTES = {
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", CHAT | {"stream": True}),
     "chat unstreamed": ("/v1/chat/completions", CHAT),
     "completions": ("/v1/completions", {"prompt": "hi", "stream": True}),

@@ -13,7 +13,7 @@ from tests.edge.scripted_worker import CREATED, MODEL, ScriptedCall, ScriptedWor
 from tests.edge.sse import openai_chunks, parse
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-STREAMS = {
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", CHAT | {"stream": True}),
     "completions": ("/v1/completions", {"prompt": "hi", "stream": True}),
 }

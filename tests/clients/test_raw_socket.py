@@ -1,0 +1,42 @@
+"""No client library at all: HTTP by hand."""
+
+from tests.edge.edge_process import EdgeProcess
+from tests.edge.raw_http import RawClient
+
+
+async def test_http_1_0_without_keep_alive(edge: EdgeProcess) -> None:
+    body = b'{"prompt":"x","stream":true}'
+    head = b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with RawClient(edge.port) as client:
+        await client.send(head + body)
+        answer = await client.read_to_end()
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"data: [DONE]\n\n" in answer
+
+
+async def test_a_body_in_single_bytes(edge: EdgeProcess) -> None:
+    body = b'{"prompt":"x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with RawClient(edge.port) as client:
+        for byte in head + body:
+            await client.send(bytes([byte]))
+        answer = await client.read_until(b'"usage"')
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def test_what_is_no_http_is_a_400(edge: EdgeProcess) -> None:
+    async with RawClient(edge.port) as client:
+        await client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
+        assert (await client.read_to_end()).startswith(b"HTTP/1.1 400")
+
+
+async def test_an_event_source_by_hand(edge: EdgeProcess) -> None:
+    async with RawClient(edge.port) as client:
+        await client.send(
+            b"GET /v1/streams?prompt=hi&max_tokens=3 HTTP/1.1\r\nhost: x\r\n"
+            b"accept: text/event-stream\r\ncache-control: no-cache\r\n\r\n"
+        )
+        answer = await client.read_until(b"0\r\n\r\n")
+    assert b"content-type: text/event-stream; charset=utf-8\r\n" in answer
+    assert answer.count(b"event: delta\n") == 3
+    assert answer.count(b"event: finished\n") == 1

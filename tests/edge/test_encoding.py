@@ -1,0 +1,108 @@
+"""Any text survives JSON and SSE, whoever cuts the stream into lines."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.dialects.dialect import StreamEncoder
+from edge.dialects.native import NativeEncoder
+from edge.dialects.openai_chat import ChatEncoder
+from edge.dialects.openai_completions import CompletionEncoder
+from edge.dialects.openai_wire import shown_bytes
+from edge.errors import EdgeError
+from edge.json_codec import decode_object, encode
+from protos.sluice.v1 import generation_pb2 as pb
+from tests.edge.sse import parse
+
+TEXT = st.text(
+    st.characters(codec="utf-8")
+    | st.sampled_from('\u2028\u2029\x85\r\n\x0b\x0c\x1c\x1d\x1e"\\:\ufeff\ufffd😀\u200d')
+)
+
+
+def delta(sequence_number: int, text: str) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        sequence_number=sequence_number, delta=pb.Delta(text=text, token_count=1)
+    )
+
+
+STARTED = pb.GenerateResponse(started=pb.Started(request_id="r", model="m", n=1))
+
+
+def content(event: Any) -> str:
+    if "choices" not in event:
+        return str(event.get("text", ""))
+    choice = event["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["delta"].get("content", ""))
+
+
+@pytest.mark.parametrize("dialect", ["chat", "completions", "native"])
+@given(texts=st.lists(TEXT, max_size=6))
+def test_any_text_survives(dialect: str, texts: list[str]) -> None:
+    encoders: dict[str, StreamEncoder] = {
+        "chat": ChatEncoder("id", False, False, False),
+        "completions": CompletionEncoder("id", False, False, False, 1),
+        "native": NativeEncoder("id"),
+    }
+    encoder = encoders[dialect]
+    encoder.encode(0, STARTED)
+    raw = b"".join(encoder.encode(0, delta(i, text)) for i, text in enumerate(texts, 1))
+    assert [content(event.json()) for event in parse(raw).events] == texts
+    # A reader that takes every Unicode line separator for a line end sees the same lines.
+    lines = raw.decode().splitlines()
+    assert "\n".join(lines) + "\n" * bool(texts) == raw.decode()
+    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert [content(json.loads(line)) for line in data] == texts
+
+
+@given(value=st.recursive(TEXT | st.integers(-(2**60), 2**60), st.lists, max_leaves=8))
+def test_json_round_trip(value: Any) -> None:
+    encoded = encode({"value": value})
+    assert json.loads(encoded) == {"value": value}
+    assert len(encoded.decode().splitlines()) == 1
+
+
+@given(token=st.binary(max_size=8))
+def test_every_token_is_shown_without_replacement_characters(token: bytes) -> None:
+    shown = shown_bytes(token)
+    assert ("\ufffd" in shown) == ("\ufffd".encode() in token)
+    encode(shown)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | TEXT | st.sampled_from(['[{"', "\\", '\\"', "]}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def depth_of(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + max(map(depth_of, value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max(map(depth_of, value), default=0)
+    return 0
+
+
+@given(value=st.dictionaries(TEXT, JSON, max_size=3), limit=st.integers(1, 8))
+def test_depth_is_counted_as_a_parser_would(value: dict[str, Any], limit: int) -> None:
+    data = json.dumps(value).encode()
+    if depth_of(value) <= limit:
+        assert decode_object(data, limit) == value
+    else:
+        with pytest.raises(EdgeError):
+            decode_object(data, limit)
+
+
+@given(data=st.binary(max_size=64))
+def test_garbage_is_a_400(data: bytes) -> None:
+    status = 200
+    try:
+        decoded: object = decode_object(data, 8)
+    except EdgeError as error:
+        decoded, status = {}, error.status
+    assert isinstance(decoded, dict)
+    assert status in (200, 400)

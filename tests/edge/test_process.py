@@ -1,0 +1,277 @@
+"""The process: settings, help, ports, signals, exit codes."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from edge.__main__ import main
+from edge.settings import ENV_PREFIX, EdgeSettings, InvalidSettingsError, load_settings
+from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.raw_http import RawClient, request_bytes, split_chunked
+from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, start_server
+from tests.edge.sse import parse
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+UNITS = ("second", "byte", "level", "connection", "prompt", "port")
+
+
+def run_edge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "edge", *arguments],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_help_lists_every_setting_with_default_unit_and_variable() -> None:
+    done = run_edge("--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("-\n", "-").split())
+    for name, field in EdgeSettings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        entry = re.search(rf"(?<!\[){flag} (?:\S+ )?(?!\S*\])[A-Za-z].*?\[env: (\w+)\]", text)
+        assert entry, flag
+        assert entry[1] == ENV_PREFIX + name.upper()
+        assert f"(default: {field.default})" in entry[0]
+        if field.annotation in (int, float):
+            described = (field.description or "").lower()
+            assert any(unit in described for unit in UNITS), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (["--heartbeat-seconds=0"], {}, "--heartbeat-seconds"),
+        (["--heartbeat-seconds=soon"], {}, "--heartbeat-seconds"),
+        (["--heartbeat-seconds=nan"], {}, "--heartbeat-seconds"),
+        (["--port=70000"], {}, "--port"),
+        (["--port"], {}, "--port"),
+        (["--log-level=loud"], {}, "--log-level"),
+        ([], {"SLUICE_EDGE_PORT": "http"}, "SLUICE_EDGE_PORT"),
+        ([], {"SLUICE_EDGE_MAX_BODY_BYTES": "1"}, "SLUICE_EDGE_MAX_BODY_BYTES"),
+        (["--nonsense"], {}, "--nonsense"),
+        (["stray"], {}, "stray"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    environment: dict[str, str],
+    named: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["edge", *arguments])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main() == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("edge: ")
+    assert output.err.count("\n") == 1
+    assert named in output.err
+
+
+def test_a_bad_setting_ends_the_process_with_2() -> None:
+    done = run_edge(SLUICE_EDGE_PORT="http")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_EDGE_PORT", "1111")
+    monkeypatch.setenv("SLUICE_EDGE_HEARTBEAT_SECONDS", "")
+    assert load_settings([]).port == 1111
+    assert load_settings([]).heartbeat_seconds == 15
+    assert load_settings(["--port", "2222"]).port == 2222
+    with pytest.raises(InvalidSettingsError):
+        load_settings(["--port", "x"])
+
+
+def test_a_taken_port_is_one_line_and_exit_1() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        done = run_edge("--host=127.0.0.1", f"--port={port}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"edge: cannot listen on 127.0.0.1:{port}: address already in use\n"
+
+
+def test_a_host_that_is_not_ours_is_one_line_and_exit_1() -> None:
+    done = run_edge("--host=192.0.2.1")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_edge_is_thin() -> None:
+    script = (
+        "import sys, edge.__main__\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'numpy', 'inference_worker'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+async def stop(edge: EdgeProcess, number: signal.Signals = signal.SIGTERM) -> None:
+    edge.process.send_signal(number)
+    await edge.line(lambda line: line["event"] == "edge stopping")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_an_idle_edge_stops_with_0(target: str, number: signal.Signals) -> None:
+    # A kept-alive connection holds nothing up.
+    async with running_edge(target) as edge, RawClient(edge.port) as idle:
+        await idle.send(request_bytes("/health", method="GET"))
+        await idle.read_until(b"ok")
+        edge.process.send_signal(number)
+        assert await edge.wait() == 0
+    assert not any("Traceback" in str(line) for line in edge.lines)
+
+
+async def test_a_drain_lets_streams_end_and_refuses_new_ones(
+    target: str, worker: ScriptedWorker
+) -> None:
+    go = asyncio.Event()
+
+    async def script(call: ScriptedCall) -> None:
+        await call.started()
+        await go.wait()
+        await call.delta("to the end")
+        await call.finished()
+
+    worker.script = script
+    async with (
+        running_edge(target) as edge,
+        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        RawClient(edge.port) as client,
+    ):
+        await client.send(request_bytes("/v1/chat/completions", CHAT))
+        await client.read_until(b"assistant")
+        await stop(edge)
+        ready = await http.get("/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "the server is shutting down")
+        assert (await http.get("/health")).status_code == 200
+        refused = await http.post("/v1/chat/completions", json=CHAT)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["type"] == "unavailable"
+        assert "retry-after" in refused.headers
+        go.set()
+        _, stream, is_complete = split_chunked(await client.read_to_end())
+        assert is_complete
+        assert b"to the end" in stream
+        assert stream.endswith(b"data: [DONE]\n\n")
+        assert await edge.wait() == 0
+    assert len(worker.calls) == 1
+
+
+async def hanging(call: ScriptedCall) -> None:
+    await call.started()
+    await call.delta("partly")
+    await call.hang()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/streams"])
+async def test_a_drain_that_takes_too_long_ends_streams_with_an_error(
+    target: str, worker: ScriptedWorker, path: str
+) -> None:
+    worker.script = hanging
+    body = CHAT if path == "/v1/chat/completions" else {"prompt": "x"}
+    async with (
+        running_edge(target, drain_seconds=0.3) as edge,
+        RawClient(edge.port) as client,
+        RawClient(edge.port) as whole,
+    ):
+        await client.send(request_bytes(path, body))
+        await client.read_until(b"partly")
+        await whole.send(request_bytes("/v1/completions", {"prompt": "x"}))
+        async with asyncio.timeout(PATIENCE):
+            while len(worker.calls) < 2:
+                await asyncio.sleep(0.01)
+        await stop(edge)
+        _, stream, is_complete = split_chunked(await client.read_to_end())
+        assert not is_complete
+        last = parse(stream).events[-1]
+        assert last.json()["error"]["type"] == "unavailable"
+        assert last.type == ("failed" if path == "/v1/streams" else "message")
+        assert (await whole.read_to_end()).startswith(b"HTTP/1.1 503")
+        assert await edge.wait() == 0
+        line = await edge.line(lambda line: line["event"] == "edge drained")
+        assert line["ended_early"] == 2
+    async with asyncio.timeout(PATIENCE):
+        for call in worker.calls:
+            await call.ended.wait()
+    assert all(call.was_cancelled for call in worker.calls)
+
+
+async def test_a_second_signal_ends_it_at_once(target: str, worker: ScriptedWorker) -> None:
+    worker.script = hanging
+    async with running_edge(target, drain_seconds=300) as edge, RawClient(edge.port) as client:
+        await client.send(request_bytes("/v1/chat/completions", CHAT))
+        await client.read_until(b"partly")
+        await stop(edge)
+        edge.process.send_signal(signal.SIGTERM)
+        assert await edge.wait() == 128 + signal.SIGTERM
+        await client.read_to_end()
+
+
+async def test_a_stalled_reader_does_not_hold_the_exit_up(
+    target: str, worker: ScriptedWorker
+) -> None:
+    async def script(call: ScriptedCall) -> None:
+        await call.started()
+        while True:
+            await call.delta("x" * 1000)
+
+    worker.script = script
+    async with (
+        running_edge(target, drain_seconds=0.1) as edge,
+        RawClient(edge.port, receive_buffer=4096) as client,
+    ):
+        await client.send(request_bytes("/v1/chat/completions", CHAT))
+        await client.read_until(b"xxx")
+        await asyncio.sleep(0.3)
+        await stop(edge)
+        assert await edge.wait() == 0
+
+
+async def test_unready_seconds_come_before_refusing(target: str, worker: ScriptedWorker) -> None:
+    async with (
+        running_edge(target, unready_seconds=2) as edge,
+        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+    ):
+        await stop(edge)
+        assert (await http.get("/ready")).status_code == 503
+        assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        assert await edge.wait() == 0
+
+
+async def test_a_worker_that_comes_back_is_found(worker: ScriptedWorker) -> None:
+    server, port = await start_server(worker, "127.0.0.1:0")
+    async with (
+        running_edge(f"127.0.0.1:{port}") as edge,
+        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+    ):
+        assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        seen = len(edge.lines)
+        await server.stop(0)
+        await edge.line(lambda line: line.get("serving") is False, since=seen)
+        assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 503
+        server, _ = await start_server(worker, f"127.0.0.1:{port}")
+        await edge.line(lambda line: line.get("serving") is True, since=seen)
+        assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        await server.stop(0)
