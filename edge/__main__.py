@@ -5,7 +5,7 @@ import sys
 import uvloop
 
 from edge.logs import configure_logging
-from edge.server import listen, serve
+from edge.server import allow_connections, listen, serve
 from edge.settings import InvalidSettingsError, load_settings
 
 
@@ -23,6 +23,7 @@ def main() -> int:
         reason = (error.strerror or str(error)).lower()
         print(f"edge: cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)
         return 1
+    allow_connections(settings.max_connections)
     uvloop.run(serve(settings, listener))
     return 0
 

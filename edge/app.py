@@ -38,13 +38,20 @@ def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
     table = operations(worker, drain, settings)
     table.append(_document_operation(table))
     app = Starlette(
-        routes=[Route(entry.path, entry.endpoint, methods=[entry.method]) for entry in table],
+        routes=[_route(entry) for entry in table],
         middleware=_middleware(settings),
         exception_handlers={EdgeError: _edge_error, HTTPException: _http_exception},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _route(operation: Operation) -> Route:
+    route = Route(operation.path, operation.endpoint, methods=[operation.method])
+    if operation.events and route.methods is not None:
+        route.methods.discard("HEAD")  # which Starlette adds; nobody would read what it generates
+    return route
 
 
 def _document_operation(table: list[Operation]) -> Operation:

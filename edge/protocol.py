@@ -3,10 +3,14 @@
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from edge.errors import EdgeError
+from edge.json_codec import encode
 
 EXTENSION = "sluice.connection"
 WRITE_HIGH_WATER = 8 * 1024
+MAX_HEAD_BYTES = 64 * 1024
 
 
 class Connection:
@@ -50,6 +54,8 @@ class StreamProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_refusing = False
+        self._is_in_head = False
+        self._head_bytes = 0
         self._read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(  # type: ignore[override]  # as uvicorn has it
@@ -63,11 +69,25 @@ class StreamProtocol(HttpToolsProtocol):
         self._stop_read_timer()
         super().connection_lost(exc)
 
+    def abort_if_running(self) -> None:
+        """Drops the connection if a response is under way on it."""
+        if self._is_response_running():
+            self.transport.abort()
+
     def eof_received(self) -> None:
         # A client that half-closes has gone as far as a stream is concerned. Closing would first wait for it to read
         # what is buffered, so abort; with no response running, uvicorn's plain close is right.
-        if self._is_response_running():
-            self.transport.abort()
+        self.abort_if_running()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431, "The request's headers are too large.")
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
 
     def on_message_begin(self) -> None:
         if self._is_response_running():
@@ -77,8 +97,10 @@ class StreamProtocol(HttpToolsProtocol):
         extensions: dict[str, Any] = {EXTENSION: Connection(self)}
         self.scope["extensions"] = extensions
         self._start_read_timer()
+        self._is_in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
+        self._is_in_head = False
         if not self._is_refusing:
             super().on_headers_complete()
 
@@ -90,6 +112,19 @@ class StreamProtocol(HttpToolsProtocol):
         if not self._is_refusing:
             self._stop_read_timer()
             super().on_message_complete()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers what never became a request, and closes."""
+        if self.transport.is_closing():
+            return
+        body = encode(EdgeError(status, "invalid_request_error", message).body())
+        self.transport.write(
+            STATUS_LINE[status]
+            + b"content-type: application/json\r\nconnection: close\r\n"
+            + b"content-length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        self.transport.close()
 
     def _is_response_running(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -18,9 +19,22 @@ from edge.settings import EdgeSettings
 # What the kernel buffers for a client that does not read; by default it is megabytes.
 _SEND_BUFFER_BYTES = 16 * 1024
 _BACKLOG = 2048
+# Open files besides connections.
+_OTHER_FILES = 256
+# Longer than clients and proxies keep idle connections, so that it is they who close and none meets a closed one.
+_KEEP_ALIVE_SECONDS = 75
 # After the drain only connections that do not read are left.
 _CLOSE_SECONDS = 1
 _log = structlog.get_logger("edge")
+
+
+def allow_connections(count: int) -> None:
+    """Raises the limit of open files, where it may be, to what so many connections need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(settings: EdgeSettings) -> socket.socket:
@@ -62,6 +76,12 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def abort_running(self) -> None:
+        """Drops the connections that still have a response under way: their clients do not read."""
+        for connection in self.server_state.connections:
+            if isinstance(connection, StreamProtocol):
+                connection.abort_if_running()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
@@ -91,6 +111,7 @@ async def serve(settings: EdgeSettings, listener: socket.socket) -> None:
     await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
         ended = await drain.run(settings.unready_seconds, settings.drain_seconds)
+        server.abort_running()
         server.should_exit = True
         _log.info("edge drained", ended_early=ended)
     stopped.cancel()
@@ -108,6 +129,7 @@ def _config(settings: EdgeSettings, drain: Drain) -> uvicorn.Config:
         lifespan="on",
         log_config=None,
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=_CLOSE_SECONDS,

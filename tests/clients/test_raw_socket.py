@@ -27,7 +27,20 @@ async def test_a_body_in_single_bytes(edge: EdgeProcess) -> None:
 async def test_what_is_no_http_is_a_400(edge: EdgeProcess) -> None:
     async with RawClient(edge.port) as client:
         await client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
-        assert (await client.read_to_end()).startswith(b"HTTP/1.1 400")
+        answer = await client.read_to_end()
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'{"error":{"message":' in answer
+
+
+async def test_endless_headers_are_a_431(edge: EdgeProcess) -> None:
+    line = b"x-filler: " + b"y" * 1000 + b"\r\n"
+    async with RawClient(edge.port) as client:
+        await client.send(b"GET /health HTTP/1.1\r\nhost: x\r\n" + line * 30)
+        await client.send(b"\r\n")
+        assert b"HTTP/1.1 200" in await client.read_until(b"ok")
+    async with RawClient(edge.port) as client:
+        await client.send(b"GET /health HTTP/1.1\r\nhost: x\r\n" + line * 66)
+        assert (await client.read_to_end()).startswith(b"HTTP/1.1 431")
 
 
 async def test_an_event_source_by_hand(edge: EdgeProcess) -> None:

@@ -247,6 +247,7 @@ async def test_a_stalled_reader_does_not_hold_the_exit_up(
         await asyncio.sleep(0.3)
         await stop(edge)
         assert await edge.wait() == 0
+    assert not any(line["level"] == "error" for line in edge.lines)
 
 
 async def test_unready_seconds_come_before_refusing(target: str, worker: ScriptedWorker) -> None:
