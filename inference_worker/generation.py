@@ -57,6 +57,7 @@ class Generation:
         self._tokenizing: asyncio.Future[list[int]] | None = None
         self._request: Request | None = None  # set once the engine has it
         self._end_reason: FinishReason | None = None
+        self._is_started = False
         self._is_over = False
 
     def end(self, reason: FinishReason) -> None:
@@ -113,8 +114,10 @@ class Generation:
 
     async def _next(self, stream: EventStream) -> Sequence[Event]:
         """What is pending, once there is something; nothing if that takes as long as a heartbeat."""
+        # The header is always first: there is no heartbeat before it.
+        seconds = self._backend.heartbeat_seconds if self._is_started else None
         try:
-            async with asyncio.timeout(self._backend.heartbeat_seconds):
+            async with asyncio.timeout(seconds):
                 return await stream.next()
         except TimeoutError:
             return ()
@@ -124,6 +127,8 @@ class Generation:
         for event in events:
             self._record.note(event)
             match event:
+                case Started():
+                    self._is_started = True
                 case Scheduled():
                     self._ticket.leave_queue()
                     self._backend.registry.leave_queue(self._reading.request_id)

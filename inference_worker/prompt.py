@@ -64,8 +64,9 @@ class PromptReader:
     Its queue is as long as admission lets it become.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary_size: int) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary_size = vocabulary_size  # the model's, which may know ids that have no text
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenizer")
 
     def read(self, prompt: pb.Prompt, path: str = "prompt") -> asyncio.Future[list[int]]:
@@ -123,7 +124,7 @@ class PromptReader:
             raise InvalidField(path, str(error)) from error
 
     def _check_ids(self, ids: Sequence[int], path: str) -> None:
-        size = self._tokenizer.vocabulary_size
+        size = self._vocabulary_size
         if ids and (highest := max(ids)) >= size:
             index = list(ids).index(highest)
             raise InvalidField(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import sys
 import time
 from collections import defaultdict
 from typing import Any, Final
@@ -30,10 +30,9 @@ def configure_logging(level: str) -> None:
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
-        cache_logger_on_first_use=True,
+        logger_factory=lambda *_: _Lines(),
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _LinesHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -41,6 +40,23 @@ def configure_logging(level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)
+
+
+class _Lines:
+    """Writes lines to stdout. A log that nobody reads any more must not fail the request that it is about."""
+
+    def write(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
+            print(line, flush=True)
+
+    debug = info = warning = error = critical = write
+
+
+class _LinesHandler(logging.Handler):
+    """The same for what libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _Lines().write(self.format(record))
 
 
 def get_logger() -> Logger:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pydantic import Field
 
@@ -17,9 +17,10 @@ from inference_worker.command_line import read_settings
 from inference_worker.engine.event import Candidate, Token
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.runner import Row, RowOutput
-from inference_worker.served_model import ModelInfo, ServedModel
 from inference_worker.settings import WorkerSettings, unit
-from inference_worker.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from inference_worker.served_model import ServedModel
 
 _CONTEXT_LENGTH: Final = 4096
 _CERTAIN: Final = 0.0  # log-probability of the only token that can come
@@ -124,6 +125,10 @@ class ScriptedRunner:
 
 def load_script(settings: ScriptedSettings) -> ServedModel:
     """Make the model. The id after the vocabulary's last one is its end-of-sequence token."""
+    # Imported only now: --help and a bad setting need no tokenizer.
+    from inference_worker.served_model import ModelInfo, ServedModel
+    from inference_worker.tokenizer import Tokenizer
+
     tokenizer = Tokenizer.load(settings.model)
     prefix = tokenizer.encode("")  # what stands before every text, such as BOS
     script = tokenizer.encode(settings.text)[len(prefix) :]

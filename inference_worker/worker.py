@@ -62,7 +62,7 @@ class Worker:
         )
         self._engine = EngineThread(engine, on_crash)
         self._registry = Registry()
-        self._prompts = PromptReader(served.tokenizer)
+        self._prompts = PromptReader(served.tokenizer, info.vocabulary_size)
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(settings.max_running, settings.max_waiting, settings.max_waiting_tokens)
