@@ -1,0 +1,177 @@
+"""Admission's books: limits held, nothing lost, whatever the order of events."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from inference_worker.admission import Admission, AdmissionLimits, Ticket
+from inference_worker.errors import Draining, QueueFull, SluiceError, TokenBudgetFull
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_runs_at_once_while_slots_are_free_then_waits_then_refuses() -> None:
+    admission = Admission(AdmissionLimits(max_running=2, max_waiting=1, max_waiting_tokens=100))
+    assert not admission.admit(2, 10).is_waiting
+    assert admission.admit(1, 10).is_waiting
+    with pytest.raises(QueueFull):
+        admission.admit(1, 10)
+
+
+def test_nobody_overtakes_the_queue() -> None:
+    admission = Admission(AdmissionLimits(max_running=2, max_waiting=9, max_waiting_tokens=100))
+    admission.admit(1, 10)
+    assert admission.admit(2, 10).is_waiting
+    assert admission.admit(
+        1, 10
+    ).is_waiting  # one slot is free, but the one before it waits for two
+
+
+def test_the_token_budget_counts_waiting_prompts_only() -> None:
+    admission = Admission(AdmissionLimits(max_running=1, max_waiting=9, max_waiting_tokens=100))
+    admission.admit(1, 1_000_000)
+    waiting = admission.admit(1, 60)
+    with pytest.raises(TokenBudgetFull) as refusal:
+        admission.admit(1, 41)
+    assert "41" in str(refusal.value)
+    waiting.leave_queue()
+    assert admission.admit(1, 100).is_waiting
+
+
+def test_the_true_size_of_a_prompt_replaces_the_estimate() -> None:
+    admission = Admission(AdmissionLimits(max_running=1, max_waiting=9, max_waiting_tokens=100))
+    running = admission.admit(1, 1)
+    running.set_prompt_tokens(1_000_000)
+    waiting = admission.admit(1, 50)
+    waiting.set_prompt_tokens(20)
+    assert admission.waiting_tokens == 20
+    with pytest.raises(TokenBudgetFull):
+        waiting.set_prompt_tokens(101)
+    waiting.release()
+    assert admission.waiting_tokens == 0
+
+
+def test_no_queue_at_all() -> None:
+    admission = Admission(AdmissionLimits(max_running=1, max_waiting=0, max_waiting_tokens=0))
+    with admission.admit(1, 5), pytest.raises(QueueFull):
+        admission.admit(1, 5)
+    assert not admission.admit(1, 5).is_waiting
+
+
+def test_draining_refuses_everything() -> None:
+    admission = Admission(AdmissionLimits(max_running=1, max_waiting=1, max_waiting_tokens=10))
+    admission.stop_admitting()
+    with pytest.raises(Draining):
+        admission.admit(1, 1)
+
+
+@pytest.mark.parametrize(("seconds_each", "expected"), [(0.01, 1.0), (0.5, 2.5), (60.0, 5.0)])
+def test_the_retry_time_follows_the_drain_rate(seconds_each: float, expected: float) -> None:
+    clock = Clock()
+    admission = Admission(AdmissionLimits(2, max_waiting=4, max_waiting_tokens=100), clock)
+    tickets = [admission.admit(1, 1) for _ in range(6)]
+    for _ in range(20):  # one leaves, the queue moves up, another joins
+        clock.now += seconds_each
+        tickets.pop(0).release()
+        tickets[1].leave_queue()
+        tickets.append(admission.admit(1, 1))
+    with pytest.raises(QueueFull) as refusal:
+        admission.admit(1, 1)
+    assert refusal.value.retry_after == pytest.approx(expected)
+
+
+def test_idle_time_says_nothing_about_the_drain_rate() -> None:
+    clock = Clock()
+    admission = Admission(AdmissionLimits(1, max_waiting=1, max_waiting_tokens=100), clock)
+    clock.now += 3600
+    first = admission.admit(1, 1)
+    admission.admit(1, 1)
+    clock.now += 0.1
+    first.release()
+    assert admission.retry_after() == 1.0
+
+
+class AdmissionMachine(RuleBasedStateMachine):
+    """Any order of admitting, tokenizing, scheduling, finishing and leaving."""
+
+    tickets = Bundle("tickets")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits = AdmissionLimits(max_running=4, max_waiting=3, max_waiting_tokens=50)
+        self.admission = Admission(self.limits)
+        self.held: list[Ticket] = []
+        self.retry_times: list[float | None] = []
+
+    @rule(target=tickets, sequences=st.integers(1, 6), tokens=st.integers(0, 60))
+    def admit(self, sequences: int, tokens: int) -> Ticket | None:
+        try:
+            ticket = self.admission.admit(sequences, tokens)
+        except SluiceError as error:
+            self.retry_times.append(error.retry_after)
+            return None
+        self.held.append(ticket)
+        return ticket
+
+    @rule(ticket=tickets, tokens=st.integers(1, 60))
+    def tokenized(self, ticket: Ticket | None, tokens: int) -> None:
+        if ticket in self.held:
+            try:
+                ticket.set_prompt_tokens(tokens)
+            except TokenBudgetFull:
+                self.leave(ticket)
+
+    @rule(ticket=tickets)
+    def scheduled(self, ticket: Ticket | None) -> None:
+        if ticket in self.held:
+            ticket.leave_queue()
+
+    @rule(ticket=tickets)
+    def sequence_finished(self, ticket: Ticket | None) -> None:
+        if ticket in self.held:
+            ticket.finish_sequence()
+
+    @rule(ticket=consumes(tickets), times=st.integers(1, 3))
+    def left(self, ticket: Ticket | None, times: int) -> None:
+        for _ in range(times):
+            if ticket is not None:
+                self.leave(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        with ticket:
+            pass
+        if ticket in self.held:
+            self.held.remove(ticket)
+
+    @invariant()
+    def limits_hold(self) -> None:
+        admission = self.admission
+        assert 0 <= admission.waiting_requests <= self.limits.max_waiting
+        assert 0 <= admission.waiting_tokens <= self.limits.max_waiting_tokens
+        assert admission.waiting_requests == sum(ticket.is_waiting for ticket in self.held)
+        assert admission.requests == len(self.held)
+        assert admission.sequences >= 0
+        assert all(seconds is not None and 1 <= seconds <= 5 for seconds in self.retry_times)
+
+    def teardown(self) -> None:
+        for ticket in list(self.held):
+            self.leave(ticket)
+        admission = self.admission
+        books = (admission.waiting_requests, admission.waiting_tokens, admission.sequences)
+        assert books == (0, 0, 0)
+        assert admission.requests == 0
+
+
+AdmissionMachine.TestCase.settings = hypothesis_settings(max_examples=60, deadline=None)
+TestAdmissionMachine = AdmissionMachine.TestCase

@@ -1,0 +1,250 @@
+"""A stream from its header to its footers, over a real socket."""
+
+from __future__ import annotations
+
+import time
+
+import grpc.aio
+import pytest
+
+from protos.sluice.v1 import generation_pb2 as pb
+from protos.sluice.v1 import generation_pb2_grpc
+from tests.worker.served_worker import (
+    generate_request,
+    kinds,
+    read_rest,
+    read_until,
+    reasons,
+    serve_script,
+    texts,
+)
+
+TEXT = "One two three."
+
+
+async def test_a_stream_is_a_header_items_and_a_footer() -> None:
+    async with serve_script(text=TEXT, repeats=1) as worker:
+        before = time.time()
+        messages = await worker.generate(text="Go", request_id="r-1", max_tokens=100)
+    assert [message.sequence_number for message in messages] == list(range(len(messages)))
+    assert kinds(messages)[0] == "started"
+    assert kinds(messages)[-1] == "finished"
+    assert set(kinds(messages)[1:-1]) == {"delta"}
+    assert texts(messages) == {0: TEXT}
+    started, finished = messages[0].started, messages[-1].finished
+    assert (started.request_id, started.n, started.max_tokens) == ("r-1", 1, 100)
+    assert started.prompt_tokens > 0
+    assert before - 1 < started.created_at.ToNanoseconds() / 1e9 < time.time() + 1
+    assert finished.finish_reason == pb.FINISH_REASON_STOP
+    assert finished.HasField("stop_token_id")
+    usage = finished.usage
+    assert usage.prompt_tokens == started.prompt_tokens
+    deltas = sum(message.delta.token_count for message in messages)
+    assert usage.completion_tokens == deltas + 1  # the end-of-sequence token counts
+    timings = finished.timings
+    ttft = timings.time_to_first_token.ToNanoseconds()
+    assert ttft == pytest.approx(
+        timings.queued.ToNanoseconds() + timings.prefill.ToNanoseconds(), abs=10
+    )
+
+
+async def test_unset_fields_are_resolved_and_told() -> None:
+    async with serve_script(context_length=64, text=TEXT, repeats=1) as worker:
+        request = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 10)))
+        messages = [message async for message in worker.stub.Generate(request)]
+        others = [message async for message in worker.stub.Generate(request)]
+    started = messages[0].started
+    assert started.request_id
+    assert started.request_id != others[0].started.request_id
+    assert (started.max_tokens, started.n) == (54, 1)
+    sampling = started.sampling
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+        assert sampling.HasField(name)
+    assert sampling.seed != others[0].started.sampling.seed
+    assert 0 <= sampling.seed < 2**53  # passes through JSON unharmed
+
+
+async def test_given_sampling_comes_back() -> None:
+    wanted = pb.Sampling(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.25,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        logit_bias={7: -100.0},
+        seed=-(2**63),
+    )
+    async with serve_script() as worker:
+        messages = await worker.generate(sampling=wanted)
+    assert messages[0].started.sampling == wanted
+
+
+async def test_the_limits_of_every_range_are_allowed() -> None:
+    edges = [
+        pb.Sampling(temperature=0, top_p=1, min_p=0, repetition_penalty=100, seed=2**63 - 1),
+        pb.Sampling(temperature=100, min_p=1, presence_penalty=-2, frequency_penalty=-2),
+        pb.Sampling(top_k=2**32 - 1, presence_penalty=2, logit_bias={0: 100.0, 1: -100.0}),
+    ]
+    async with serve_script() as worker:
+        for sampling in edges:
+            messages = await worker.generate(sampling=sampling, n=16, request_id="a.B_1:-" * 18)
+            assert reasons(messages) == ["LENGTH"] * 16
+
+
+async def test_choices_end_one_by_one_and_usage_comes_last() -> None:
+    async with serve_script(text=TEXT) as worker:
+        messages = await worker.generate(n=3, max_tokens=3)
+    footers = [message.finished for message in messages if message.HasField("finished")]
+    assert sorted(footer.choice_index for footer in footers) == [0, 1, 2]
+    assert [footer.HasField("usage") for footer in footers] == [False, False, True]
+    assert footers[-1].usage.completion_tokens == 9
+    assert len(texts(messages)) == 3
+
+
+async def test_stop_sequences_and_stop_tokens_end_a_choice() -> None:
+    async with serve_script(text=TEXT) as worker:
+        stopping = pb.Stopping(stop_sequences=["never", " three"])
+        messages = await worker.generate(stopping=stopping, max_tokens=100)
+        assert texts(messages) == {0: "One two"}
+        assert messages[-1].finished.finish_reason == pb.FINISH_REASON_STOP_SEQUENCE
+        assert messages[-1].finished.stop_sequence == " three"
+
+        tokens = await worker.stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=TEXT)))
+        stop_id = tokens.token_ids[-1]
+        stopping = pb.Stopping(stop_token_ids=[stop_id])
+        messages = await worker.generate(stopping=stopping, max_tokens=100)
+        assert messages[-1].finished.finish_reason == pb.FINISH_REASON_STOP
+        assert messages[-1].finished.stop_token_id == stop_id
+
+
+async def test_ignore_eos_goes_on() -> None:
+    async with serve_script(text=TEXT, repeats=1) as worker:
+        stopping = pb.Stopping(ignore_eos=True)
+        messages = await worker.generate(stopping=stopping, max_tokens=20)
+    assert reasons(messages) == ["LENGTH"]
+    assert messages[-1].finished.usage.completion_tokens == 20
+
+
+async def test_token_ids_and_logprobs_come_only_when_asked_for() -> None:
+    async with serve_script(text=TEXT) as worker:
+        plain = await worker.generate()
+        rich = await worker.generate(output=pb.Output(token_ids=True, logprobs=1))
+    for message in plain:
+        assert not message.delta.token_ids
+        assert not message.delta.logprobs
+    deltas = [message.delta for message in rich if message.HasField("delta")]
+    ids = [token_id for delta in deltas for token_id in delta.token_ids]
+    scored = [logprob for delta in deltas for logprob in delta.logprobs]
+    assert len(ids) == len(scored) == 4
+    assert [logprob.token.token_id for logprob in scored] == ids
+    joined = b"".join([logprob.token.token for logprob in scored])
+    assert joined.decode() == texts(rich)[0]
+    assert all(logprob.token.logprob == 0.0 and len(logprob.top) == 1 for logprob in scored)
+
+
+async def test_echo_sends_the_prompt_first_and_scores_it_if_asked() -> None:
+    async with serve_script(text=TEXT) as worker:
+        output = pb.Output(echo=True, token_ids=True, logprobs=0)
+        messages = await worker.generate(text="Once upon", output=output, n=2)
+        first = dict.fromkeys(range(2), True)
+        for delta in (message.delta for message in messages if message.HasField("delta")):
+            assert delta.is_prompt == first[delta.choice_index]
+            first[delta.choice_index] = False
+            if delta.is_prompt:
+                assert delta.text == "Once upon"
+                assert len(delta.token_ids) == messages[0].started.prompt_tokens
+                assert not delta.logprobs
+
+        output = pb.Output(echo=True, logprobs=1, prompt_logprobs=True)
+        messages = await worker.generate(text="Once upon", output=output, max_tokens=0)
+        assert kinds(messages) == ["started", "delta", "finished"]
+        prompt = messages[1].delta
+        assert len(prompt.logprobs) == prompt.token_count == messages[0].started.prompt_tokens
+        assert not prompt.logprobs[0].token.HasField("logprob")
+        assert all(logprob.token.HasField("logprob") for logprob in prompt.logprobs[1:])
+        assert messages[-1].finished.usage.completion_tokens == 0
+
+
+async def test_an_item_without_text_is_not_sent_and_its_tokens_count_in_the_next() -> None:
+    async with serve_script(text="a🦊b") as worker:
+        messages = await worker.generate(max_tokens=30)
+        rich = await worker.generate(max_tokens=30, output=pb.Output(token_ids=True))
+    deltas = [message.delta for message in messages if message.HasField("delta")]
+    assert all(delta.text for delta in deltas)
+    counted = sum(message.delta.token_count for message in rich)
+    assert abs(sum(delta.token_count for delta in deltas) - counted) <= 3  # of a cut character
+    assert texts(messages) == texts(rich)
+
+
+async def test_a_silent_stream_sends_heartbeats() -> None:
+    async with serve_script(step_milliseconds=250, heartbeat_seconds=0.05) as worker:
+        messages = await worker.generate(max_tokens=2)
+    assert kinds(messages).count("heartbeat") >= 4
+    assert kinds(messages)[0] == "started"
+    assert [message.sequence_number for message in messages] == list(range(len(messages)))
+    assert texts(messages)[0]
+
+
+async def test_heartbeats_come_in_the_queue_too() -> None:
+    async with serve_script(max_running=1, step_milliseconds=10, heartbeat_seconds=0.05) as worker:
+        first = worker.stub.Generate(generate_request(max_tokens=1000))
+        await read_until(first, "delta")
+        second = worker.stub.Generate(generate_request())
+        messages = await read_until(second, "heartbeat")
+        assert kinds(messages) == ["started", "heartbeat"]
+        first.cancel()
+        second.cancel()
+
+
+async def test_the_queue_position_counts_the_requests_before() -> None:
+    async with serve_script(max_running=1, step_milliseconds=5) as worker:
+        calls = [worker.stub.Generate(generate_request(max_tokens=1000))]
+        await read_until(calls[0], "delta")
+        positions = []
+        for _ in range(3):
+            calls.append(worker.stub.Generate(generate_request(n=1)))
+            positions.append((await read_until(calls[-1], "started"))[0].started.queue_position)
+        assert positions == [0, 1, 2]
+        for call in calls:
+            call.cancel()
+
+
+async def test_a_slow_reader_gets_few_large_items() -> None:
+    # Without these options a client takes megabytes before anybody notices that it does not read.
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
+    async with (
+        serve_script(context_length=8192, blocks=1024) as worker,
+        grpc.aio.insecure_channel(worker.address, options=narrow) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = generate_request(max_tokens=8000, output=pb.Output(token_ids=True))
+        slow = stub.Generate(request)
+        await slow.read()
+        # The engine does not wait for the reader, and its blocks are free before the reader has gone on.
+        await worker.wait_for(30, running=0, waiting=0, free_blocks=1024, requests=1)
+        messages = await read_rest(slow)
+    ids = [token_id for message in messages for token_id in message.delta.token_ids]
+    assert len(ids) == 8000
+    assert len(messages) < 2000
+    assert messages[-1].finished.usage.completion_tokens == 8000
+
+
+async def test_a_large_prompt_does_not_hold_the_others_up() -> None:
+    async with serve_script(text=TEXT, repeats=1) as worker:
+        large = worker.stub.Generate(generate_request(text="many words " * 200_000))
+        await worker.wait_for(requests=1)
+        for _ in range(3):
+            assert reasons(await worker.generate()) == ["LENGTH"]
+        assert not large.done()
+        large.cancel()
+
+
+async def test_chat_is_rendered_by_the_template() -> None:
+    async with serve_script(text=TEXT) as worker:
+        chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi", name="ann")])
+        prompt = pb.Prompt(chat=chat)
+        tokens = await worker.stub.Tokenize(pb.TokenizeRequest(prompt=prompt))
+        messages = await worker.generate(prompt=prompt)
+        assert messages[0].started.prompt_tokens == len(tokens.token_ids)

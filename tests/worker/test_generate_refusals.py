@@ -1,0 +1,200 @@
+"""Every field of the contract out of its range: the status, and the field that is named."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2, struct_pb2
+
+from protos.sluice.v1 import generation_pb2 as pb
+from tests.worker.served_worker import Refusal, generate_request, refusal_of, serve_script
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
+NAN, INF = float("nan"), float("inf")
+
+
+def sampling(**fields: Any) -> dict[str, Any]:
+    return {"sampling": pb.Sampling(**fields)}
+
+
+def stopping(**fields: Any) -> dict[str, Any]:
+    return {"stopping": pb.Stopping(**fields)}
+
+
+def output(**fields: Any) -> dict[str, Any]:
+    return {"output": pb.Output(**fields)}
+
+
+def chat(*messages: pb.ChatMessage, **fields: Any) -> dict[str, Any]:
+    return {"prompt": pb.Prompt(chat=pb.Chat(messages=messages, **fields))}
+
+
+USER = pb.ChatMessage(role="user", content="Hello")
+OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
+    ("request_id", {"request_id": ""}),
+    ("request_id", {"request_id": "a" * 129}),
+    ("request_id", {"request_id": "a b"}),
+    ("request_id", {"request_id": "a\n"}),
+    ("request_id", {"request_id": "é"}),
+    ("n", {"n": 0}),
+    ("n", {"n": 17}),
+    ("prompt", {"prompt": pb.Prompt()}),
+    ("prompt.text", {"text": ""}),
+    ("prompt.token_ids", {"ids": []}),
+    ("prompt.token_ids.ids[1]", {"ids": [1, 1_000_000]}),
+    ("prompt.chat.messages", chat()),
+    ("prompt.chat.messages[1].role", chat(USER, pb.ChatMessage(content="?"))),
+    *[("sampling.temperature", sampling(temperature=bad)) for bad in (-0.1, 100.5, NAN, INF)],
+    ("sampling.top_k", sampling(top_k=0)),
+    *[("sampling.top_p", sampling(top_p=bad)) for bad in (0.0, -1.0, 1.5, NAN)],
+    *[("sampling.min_p", sampling(min_p=bad)) for bad in (-0.1, 1.5, NAN)],
+    *[
+        ("sampling.repetition_penalty", sampling(repetition_penalty=bad))
+        for bad in (0.0, 101.0, NAN)
+    ],
+    *[("sampling.presence_penalty", sampling(presence_penalty=bad)) for bad in (-2.1, 2.1, NAN)],
+    *[("sampling.frequency_penalty", sampling(frequency_penalty=bad)) for bad in (-3.0, INF, NAN)],
+    *[("sampling.logit_bias[5]", sampling(logit_bias={5: bad})) for bad in (-101.0, 101.0, NAN)],
+    ("sampling.logit_bias[1000000]", sampling(logit_bias={1_000_000: 1.0})),
+    ("sampling.logit_bias", sampling(logit_bias=dict.fromkeys(range(1025), 1.0))),
+    ("stopping.max_tokens", stopping(max_tokens=0)),
+    ("stopping.max_tokens", stopping(max_tokens=4096)),
+    ("stopping.stop_sequences", stopping(stop_sequences=["x"] * 17)),
+    ("stopping.stop_sequences[1]", stopping(stop_sequences=["x", ""])),
+    ("stopping.stop_sequences[0]", stopping(stop_sequences=["x" * 1025])),
+    ("stopping.stop_token_ids", stopping(stop_token_ids=[1] * 65)),
+    ("stopping.stop_token_ids[0]", stopping(stop_token_ids=[1_000_000])),
+    ("output.logprobs", output(logprobs=21)),
+    ("output.prompt_logprobs", output(prompt_logprobs=True)),
+    ("output.prompt_logprobs", output(prompt_logprobs=True, echo=True)),
+    ("output.prompt_logprobs", output(prompt_logprobs=True, logprobs=1)),
+]
+LATER: list[tuple[str, dict[str, Any]]] = [
+    ("resume", {"resume": pb.Resume(request_id="r")}),
+    ("constraint", {"constraint": pb.Constraint()}),
+    ("priority", {"priority": 0}),
+    ("resume_window", {"resume_window": duration_pb2.Duration()}),
+    ("continuation", {"continuation": pb.Continuation()}),
+    ("prompt.chat.tools", chat(USER, tools=[pb.Tool(name="f")])),
+    ("prompt.chat.template_arguments", chat(USER, template_arguments=struct_pb2.Struct())),
+]
+
+
+async def test_a_value_out_of_range_is_invalid_argument_and_named() -> None:
+    async with serve_script() as worker:
+        for field, fields in OUT_OF_RANGE:
+            refusal = await refusal_of(worker.stub.Generate(generate_request(**fields)))
+            assert (refusal.code, refusal.field) == (INVALID, field), fields
+            assert field in refusal.message
+            assert not refusal.has_retry
+
+
+async def test_a_field_of_a_later_version_is_unimplemented_and_named() -> None:
+    async with serve_script() as worker:
+        for field, fields in LATER:
+            refusal = await refusal_of(worker.stub.Generate(generate_request(**fields)))
+            assert (refusal.code, refusal.field) == (UNIMPLEMENTED, field), fields
+            assert refusal.info.reason == "UNSUPPORTED_FIELD"
+
+
+@pytest.mark.parametrize(
+    ("path", "holder"),
+    [
+        ("99", None),
+        ("sampling.99", "sampling"),
+        ("stopping.99", "stopping"),
+        ("output.99", "output"),
+        ("prompt.99", "prompt"),
+    ],
+)
+async def test_a_field_that_this_contract_does_not_know_is_not_ignored(
+    path: str, holder: str | None
+) -> None:
+    request = generate_request(output=pb.Output(token_ids=True), sampling=pb.Sampling(top_k=5))
+    message = request if holder is None else getattr(request, holder)
+    message.MergeFromString(b"\x98\x06\x01")  # field 99, the number 1
+    async with serve_script() as worker:
+        refusal = await refusal_of(worker.stub.Generate(request))
+    assert (refusal.code, refusal.field) == (UNIMPLEMENTED, path)
+
+
+async def test_a_request_without_a_prompt() -> None:
+    async with serve_script() as worker:
+        refusal = await refusal_of(worker.stub.Generate(pb.GenerateRequest()))
+    assert (refusal.code, refusal.field) == (INVALID, "prompt")
+
+
+async def test_another_model_is_not_found() -> None:
+    async with serve_script(model_name="mine", model_aliases=("alias",)) as worker:
+        for name in ("", "other", "Mine"):
+            refusal = await refusal_of(worker.stub.Generate(generate_request(model=name)))
+            assert refusal.code == grpc.StatusCode.NOT_FOUND
+            assert refusal.info.reason == "MODEL_NOT_FOUND"
+        for name in ("mine", "alias"):
+            messages = await worker.generate(model=name)
+            assert messages[0].started.model == "mine"
+
+
+async def test_a_prompt_that_can_never_fit_names_both_numbers() -> None:
+    async with serve_script(context_length=64) as worker:
+        call = worker.stub.Generate(generate_request(ids=[5] * 64, max_tokens=1))
+        refusal = await refusal_of(call)
+        assert (refusal.code, refusal.field) == (INVALID, "prompt")
+        assert "64 tokens" in refusal.message
+        assert "at most 63" in refusal.message
+        assert dict(refusal.info.metadata) == {"tokens": "64", "limit": "63"}
+        assert refusal.info.reason == "CONTEXT_EXCEEDED"
+
+
+async def test_the_kv_cache_limits_what_fits_too() -> None:
+    async with serve_script(blocks=2, block_size=16) as worker:
+        refusal = await refusal_of(worker.stub.Generate(generate_request(ids=[5] * 40)))
+        assert "at most 31" in refusal.message
+        messages = await worker.generate(ids=[5] * 31, max_tokens=1)
+        assert messages[-1].finished.usage.completion_tokens == 1
+
+
+async def test_more_completion_than_fits_names_both_numbers() -> None:
+    async with serve_script(context_length=64) as worker:
+        refusal = await refusal_of(
+            worker.stub.Generate(generate_request(ids=[5] * 60, max_tokens=5))
+        )
+        assert (refusal.code, refusal.field) == (INVALID, "stopping.max_tokens")
+        assert "65" in refusal.message
+        assert "64" in refusal.message
+
+
+async def test_an_id_in_use_already_exists() -> None:
+    async with serve_script(step_milliseconds=5) as worker:
+        first = worker.stub.Generate(generate_request(request_id="r1", max_tokens=1000))
+        await first.read()
+        refusal = await refusal_of(worker.stub.Generate(generate_request(request_id="r1")))
+        assert (refusal.code, refusal.field) == (grpc.StatusCode.ALREADY_EXISTS, "request_id")
+        first.cancel()
+
+
+async def test_the_side_calls_refuse_the_same_way() -> None:
+    async with serve_script() as worker:
+        stub = worker.stub
+        bad_calls: list[tuple[Awaitable[Any], grpc.StatusCode, str]] = [
+            (stub.Abort(pb.AbortRequest()), INVALID, "request_id"),
+            (stub.Tokenize(pb.TokenizeRequest()), INVALID, "prompt"),
+            (
+                stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1])))),
+                INVALID,
+                "prompt.token_ids",
+            ),
+            (stub.Detokenize(pb.DetokenizeRequest(token_ids=[10**6])), INVALID, "token_ids[0]"),
+            (stub.GetModel(pb.GetModelRequest(model="x")), grpc.StatusCode.NOT_FOUND, "model"),
+            (stub.Tokenize(pb.TokenizeRequest(model="x")), grpc.StatusCode.NOT_FOUND, "model"),
+            (stub.Detokenize(pb.DetokenizeRequest(model="x")), grpc.StatusCode.NOT_FOUND, "model"),
+        ]
+        for call, code, field in bad_calls:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call
+            refusal = Refusal(error.value)
+            assert (refusal.code, refusal.field) == (code, field)

@@ -1,0 +1,152 @@
+"""A worker process from its start to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.sluice.v1 import generation_pb2 as pb
+from protos.sluice.v1 import generation_pb2_grpc
+from tests.worker.served_worker import (
+    environment,
+    generate_request,
+    read_rest,
+    read_until,
+    reasons,
+    refusal_of,
+    texts,
+)
+from tests.worker.worker_process import ready_worker, start_worker
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains(number: signal.Signals, tmp_path: Path) -> None:
+    unix_socket = ("--unix-socket", f"{tmp_path}/socket") if number == signal.SIGINT else ()
+    async with (
+        ready_worker("--step-milliseconds", "10", *unix_socket) as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        running = stub.Generate(generate_request(max_tokens=60))
+        messages = await read_until(running, "delta")
+
+        worker.send(number)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        refusal = await refusal_of(stub.Generate(generate_request()))
+        assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert refusal.info.reason == "DRAINING"
+        assert 1 <= refusal.retry_seconds <= 5
+        load = await stub.GetLoad(pb.GetLoadRequest())
+        assert (load.is_draining, load.requests) == (True, 1)
+
+        messages += await read_rest(running)
+        assert reasons(messages) == ["LENGTH"]
+        assert messages[-1].finished.usage.completion_tokens == 60
+        assert await worker.wait() == 0
+        assert worker.events()[-1] == "stopped"
+        assert await worker.process.stderr.read() == b""  # type: ignore[union-attr]
+
+
+async def test_streams_that_take_too_long_end_with_shutdown() -> None:
+    async with (
+        ready_worker("--step-milliseconds", "10", "--drain-seconds", "0.2") as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        running = stub.Generate(generate_request(max_tokens=3000, n=2))
+        messages = await read_until(running, "delta")
+        began = time.monotonic()
+        worker.send(signal.SIGTERM)
+        messages += await read_rest(running)
+        assert reasons(messages) == ["SHUTDOWN", "SHUTDOWN"]
+        assert messages[-1].finished.HasField("usage")
+        assert texts(messages)[1]
+        assert await running.code() == grpc.StatusCode.OK
+        assert await worker.wait() == 0
+        assert 0.2 <= time.monotonic() - began < 8
+
+
+async def test_a_second_signal_exits_at_once() -> None:
+    async with (
+        ready_worker("--step-milliseconds", "10") as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        running = stub.Generate(generate_request(max_tokens=3000))
+        await read_until(running, "delta")
+        worker.send(signal.SIGTERM)
+        await worker.read_until("draining")
+        began = time.monotonic()
+        worker.send(signal.SIGTERM)
+        assert await worker.wait() == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 3
+        running.cancel()
+
+
+async def test_a_crash_of_the_engine_ends_the_process() -> None:
+    async with (
+        ready_worker("--crashing-seed", "13") as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = generate_request(sampling=pb.Sampling(seed=13), max_tokens=9)
+        refusal = await refusal_of(stub.Generate(request))
+        assert refusal.code == grpc.StatusCode.INTERNAL
+        began = time.monotonic()
+        assert await worker.wait() == 1
+        assert time.monotonic() - began < 8
+        assert "the engine crashed" in worker.events()
+
+
+async def test_a_signal_while_loading_ends_the_process() -> None:
+    async with start_worker() as worker:
+        await worker.read_until("loading")
+        worker.send(signal.SIGTERM)
+        assert await worker.wait() == 0
+
+
+async def test_a_taken_port_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        async with start_worker("--port", port) as worker:
+            output, errors = await asyncio.wait_for(worker.process.communicate(), 20)
+    assert worker.process.returncode == 1
+    assert output == b""
+    assert errors.count(b"\n") == 1
+    assert f"cannot listen on 127.0.0.1 port {port}".encode() in errors
+
+
+async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    async with start_worker("--model", f"{tmp_path}/nowhere") as worker:
+        assert await worker.wait() == 1
+        assert worker.process.stderr is not None
+        errors = await worker.process.stderr.read()
+    assert errors.count(b"\n") == 1
+    assert b"cannot load" in errors
+
+
+def test_help_of_the_program() -> None:
+    for module in ("inference_worker", "inference_worker.scripted_model"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            env=environment(),
+        )
+        assert done.returncode == 0
+        assert "SLUICE_WORKER_MAX_RUNNING" in done.stdout

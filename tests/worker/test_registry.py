@@ -1,0 +1,63 @@
+"""The registry: ids, queue positions and what Abort finds."""
+
+from __future__ import annotations
+
+import pytest
+
+from inference_worker import registry as registry_module
+from inference_worker.engine.event import FinishReason
+from inference_worker.errors import RequestExists
+from inference_worker.registry import Registry
+from protos.sluice.v1 import generation_pb2 as pb
+
+
+class Inside:
+    """A request that remembers being told to end."""
+
+    def __init__(self) -> None:
+        self.reasons: list[FinishReason] = []
+
+    def end(self, reason: FinishReason) -> None:
+        self.reasons.append(reason)
+
+
+async def test_an_id_is_inside_then_ended_then_free_again() -> None:
+    registry = Registry()
+    assert registry.abort("a") == pb.ABORT_OUTCOME_UNKNOWN
+    request = Inside()
+    with registry.hold("a", request):
+        with pytest.raises(RequestExists):
+            registry.check_free("a")
+        assert registry.abort("a") == pb.ABORT_OUTCOME_ABORTED
+        assert request.reasons == [FinishReason.CANCELLED]
+    registry.check_free("a")
+    assert registry.abort("a") == pb.ABORT_OUTCOME_ALREADY_FINISHED
+    with registry.hold("a", Inside()):
+        assert registry.abort("a") == pb.ABORT_OUTCOME_ABORTED
+
+
+async def test_a_bounded_number_of_ended_ids_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "_MAX_ENDED", 3)
+    registry = Registry()
+    for name in "abcd":
+        with registry.hold(name, Inside()):
+            pass
+    assert registry.abort("a") == pb.ABORT_OUTCOME_UNKNOWN
+    assert registry.abort("b") == pb.ABORT_OUTCOME_ALREADY_FINISHED
+
+
+async def test_queue_positions_count_requests() -> None:
+    registry = Registry()
+    for name in "abc":
+        registry.join_queue(name)
+    assert [registry.queue_position(name) for name in "abcx"] == [0, 1, 2, 0]
+    registry.leave_queue("a")
+    assert [registry.queue_position(name) for name in "abc"] == [0, 0, 1]
+
+
+async def test_waits_until_the_last_has_left() -> None:
+    registry = Registry()
+    assert await registry.wait_empty(0.01)
+    with registry.hold("a", Inside()):
+        assert not await registry.wait_empty(0.01)
+    assert await registry.wait_empty(0.01)
