@@ -1,0 +1,138 @@
+"""The benchmarks run, and their tables have every row. No figure of time is judged here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from benchmarks.load_client import StreamFailed
+from benchmarks.recording import read_writes
+from benchmarks.report import Report
+from benchmarks.table import Table, percentile, spread
+from benchmarks.transport import measure_bare, measure_edge, running_stack
+from inference_worker.default_model import CHECKPOINT
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(output: str) -> list[list[str]]:
+    """The cells of all table rows, without headers and rules."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rules = {index for index, row in enumerate(cells) if set(row[0]) == {"-"}}
+    return [row for index, row in enumerate(cells) if not {index, index + 1} & rules]
+
+
+def quick(module: str, kept: Path) -> list[list[str]]:
+    """Run a benchmark as a user does; the file it keeps says the same as its output."""
+    command = [sys.executable, "-m", module, "--quick", f"--keep={kept}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() in kept.read_text()
+    return rows(result.stdout)
+
+
+def test_transport_measures_every_pace_and_number_of_streams(tmp_path: Path) -> None:
+    found = quick("benchmarks.transport", tmp_path / "RESULTS.md")
+    servers = ["edge", "bare", "edge ÷ bare"]
+    assert [row[:2] for row in found] == [[n, server] for n in "14" for server in servers] * 3
+    for row in found:
+        assert [row[5] == "–"] == [row[1] != "edge"]  # only the edge has a worker
+        assert all(cell[0].isdigit() for cell in row[2:] if cell != "–")
+
+
+def test_cancellation_measures_every_phase(tmp_path: Path) -> None:
+    found = quick("benchmarks.cancellation", tmp_path / "RESULTS.md")
+    phases = ["queue", "prefill", "decode"]
+    # phase, how many leave, how many stay, times of leaving: 2 repetitions
+    assert [row[1:5] for row in found] == [
+        *([phase, "1", "1" if phase == "queue" else "0", "2"] for phase in phases),
+        *([phase, "4", "1" if phase == "queue" else "0", "8"] for phase in phases),
+        ["decode", "1", "3", "2"],
+    ]
+    for row in found:
+        step, beyond, p99 = float(row[7]), float(row[8]), float(row[6])
+        assert step >= 10  # what the script was told
+        assert beyond == pytest.approx(p99 - step, abs=0.11)  # each is rounded to a tenth
+
+
+def test_every_token_and_byte_is_counted() -> None:
+    streams, tokens = 3, 40
+
+    async def measure() -> None:
+        with running_stack(str(CHECKPOINT), streams) as stack:
+            edge = await measure_edge(stack, streams, tokens, 0.01)
+            bare = await measure_bare(stack, edge, 0.01)
+        for measurement in (edge, bare):
+            assert len(measurement.writes) == streams
+            for writes in measurement.writes:
+                assert sum(len(write.stamps()) for write in writes) == tokens
+                assert writes[-1].data.endswith(b"data: [DONE]\n\n")
+            # each stream had its first token, and maybe more, before the count began
+            assert 0 < measurement.tokens <= streams * (tokens - 1)
+            assert measurement.tokens == len(measurement.latencies)
+            assert min(measurement.latencies) > 0
+            assert measurement.server_cpu_seconds > 0
+        texts = [[write.data for write in stream] for stream in edge.writes]
+        assert [[len(text) for text in stream] for stream in texts] == [
+            [len(write.data) for write in stream] for stream in bare.writes
+        ]
+
+    uvloop.run(measure())
+
+
+def test_a_recording_knows_when_an_event_was_whole() -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    receipts = [
+        (10, head + b"5\r\nab"),
+        (20, b"c\n\n\r\n"),
+        (30, b"6\r\nd\n\ne\n\n\r\n0\r\n\r\n"),
+    ]
+    found = read_writes(receipts)
+    assert [(write.data, write.received_at, write.events) for write in found] == [
+        (b"abc\n\n", 20, 1),
+        (b"d\n\ne\n\n", 30, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 503 Busy\r\n\r\n0\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n5\r\nab"]
+)
+def test_a_stream_that_is_not_whole_is_no_result(answer: bytes) -> None:
+    with pytest.raises(StreamFailed):
+        read_writes([(1, answer)])
+
+
+def test_percentile_is_a_value_that_was_measured() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert (percentile(values, 50), percentile(values, 99), percentile(values, 100)) == (
+        50,
+        99,
+        100,
+    )
+    assert percentile([3.0], 99) == 3.0
+
+
+def test_spread_tells_median_lowest_and_highest() -> None:
+    assert spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0–3.0)"
+    assert spread([1234.0], 0) == "1,234"
+
+
+def test_a_table_is_markdown() -> None:
+    table = Table(("Name", "ms"), labels=1, rows=[("a", "1.5")])
+    assert str(table) == "| Name |  ms |\n| ---- | --: |\n| a    | 1.5 |"
+
+
+def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n")
+    for name, text in (("One", "old"), ("Two", "other"), ("One", "new")):
+        Report(name, (text,), load=0.5).keep(path)
+    kept = path.read_text()
+    assert kept.startswith("# Results\n")
+    assert "old" not in kept
+    assert kept.index("new") < kept.index("other")
