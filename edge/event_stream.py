@@ -59,10 +59,11 @@ class EventStream:
         try:
             started = await generation.open(worker)
             await self._write(b"".join(map(encoder.encode, range(len(started)), started)))
+            has_token = False
             while (item := await generation.read()) is not None:
-                event = encoder.encode(*item)
-                await self._write(event or PING)
-                if item[1].HasField("delta"):
+                await self._write(encoder.encode(*item) or PING)
+                if not has_token and item[1].HasField("delta"):
+                    has_token = True
                     self._record.first_token()
             await self._write(encoder.end(), is_last=True)
         except EdgeError as error:
@@ -103,21 +104,23 @@ class EventStream:
             if not self._is_begun:
                 self._is_begun = True
                 await self._send_in_time(
-                    {"type": "http.response.start", "status": 200, "headers": HEADERS}
+                    self._send,
+                    {"type": "http.response.start", "status": 200, "headers": HEADERS},
                 )
             await self._send_in_time(
-                {"type": "http.response.body", "body": data, "more_body": not is_last}
+                self._record.send_body,
+                {"type": "http.response.body", "body": data, "more_body": not is_last},
             )
             self._last_write = self._clock()
 
-    async def _send_in_time(self, message: Message) -> None:
+    async def _send_in_time(self, send: Send, message: Message) -> None:
         connection = self._connection
         if connection is not None and connection.is_writable:
-            await self._send(message)
+            await send(message)
             return
         try:
             async with asyncio.timeout(self._timing.send_timeout_seconds):
-                await self._send(message)
+                await send(message)
         except TimeoutError:
             self._record.fields["finish"] = "send_timeout"
             if connection is not None:

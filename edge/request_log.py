@@ -29,6 +29,8 @@ class RequestRecord:
 
     request_id: str
     client_request_id: str | None
+    # Sends past the middleware, which has nothing to do with what follows the head of a response.
+    send_body: Send
     begun: float = field(default_factory=time.monotonic)
     status: int | None = None
     is_client_gone: bool = False
@@ -40,8 +42,7 @@ class RequestRecord:
 
     def first_token(self) -> None:
         """Notes the time to the first token, once."""
-        if "ttft" not in self.fields:
-            self.fields["ttft"] = self.seconds()
+        self.fields.setdefault("ttft", self.seconds())
 
     def error(self, error: EdgeError) -> None:
         """Notes how the request failed."""
@@ -76,6 +77,7 @@ class RequestLog:
         record = RequestRecord(
             request_id=f"req-{uuid.uuid4().hex}",
             client_request_id=given if _CLIENT_ID.fullmatch(given) else None,
+            send_body=send,
         )
         scope.setdefault("state", {})[_STATE_KEY] = record
         shown = record.client_request_id or record.request_id

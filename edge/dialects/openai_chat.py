@@ -9,6 +9,7 @@ from pydantic import Field
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_schema import OpenAIFields, agreed
 from edge.dialects.openai_wire import (
+    TEXT_MARK,
     ChunkFrame,
     UsageCount,
     field_names,
@@ -160,6 +161,9 @@ class ChatEncoder:
             generation_id, "chat.completion.chunk", sends_usage, sends_running_usage
         )
         self._has_logprobs = has_logprobs
+        # Whether deltas differ in their text alone.
+        self._is_plain = not (has_logprobs or sends_running_usage)
+        self._templates: list[tuple[bytes, bytes]] = []
 
     def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
         """The events of one message."""
@@ -167,6 +171,9 @@ class ChatEncoder:
         if kind == "delta":
             delta = message.delta
             self._frame.usage.delta(prompt, delta)
+            if self._is_plain:
+                before, after = self._templates[delta.choice_index]
+                return before + encode(delta.text) + after
             logprobs = logprobs_json(delta) if self._has_logprobs else None
             return self._chunk(delta.choice_index, {"content": delta.text}, logprobs)
         if kind == "finished":
@@ -174,11 +181,7 @@ class ChatEncoder:
             self._frame.usage.finished(prompt, finished)
             return self._chunk(finished.choice_index, {}, None, finish_reason(finished))
         if kind == "started":
-            self._frame.started(prompt, message.started)
-            return b"".join(
-                self._chunk(index, {"role": "assistant", "content": ""})
-                for index in range(message.started.n)
-            )
+            return self._started(prompt, message.started)
         return b""
 
     def end(self) -> bytes:
@@ -189,6 +192,16 @@ class ChatEncoder:
         """The event of a failure."""
         return self._frame.error(error)
 
+    def _started(self, prompt: int, started: pb.Started) -> bytes:
+        self._frame.started(prompt, started)
+        choices = range(started.n)
+        self._templates = [
+            self._frame.split_at_text(_choice(index, {"content": TEXT_MARK})) for index in choices
+        ]
+        return b"".join(
+            self._chunk(index, {"role": "assistant", "content": ""}) for index in choices
+        )
+
     def _chunk(
         self,
         index: int,
@@ -196,8 +209,16 @@ class ChatEncoder:
         logprobs: dict[str, Any] | None = None,
         finish: str | None = None,
     ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return self._frame.chunk([choice])
+        return self._frame.chunk([_choice(index, delta, logprobs, finish)])
+
+
+def _choice(
+    index: int,
+    delta: dict[str, str],
+    logprobs: dict[str, Any] | None = None,
+    finish: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
 class _Choice:

@@ -10,6 +10,7 @@ from pydantic import Field
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_schema import OpenAIFields, agreed
 from edge.dialects.openai_wire import (
+    TEXT_MARK,
     ChunkFrame,
     UsageCount,
     field_names,
@@ -220,6 +221,9 @@ class CompletionEncoder:
         self._prompts = prompts
         self._n = 1
         self._logprobs: dict[int, LegacyLogprobs] = {}
+        # Whether deltas differ in their text alone.
+        self._is_plain = not (has_logprobs or sends_running_usage)
+        self._templates: list[tuple[bytes, bytes]] = []
 
     def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
         """The events of one message."""
@@ -228,6 +232,9 @@ class CompletionEncoder:
             delta = message.delta
             index = prompt * self._n + delta.choice_index
             self._frame.usage.delta(prompt, delta)
+            if self._is_plain:
+                before, after = self._templates[index]
+                return before + encode(delta.text) + after
             logprobs = None
             if self._has_logprobs:
                 logprobs = self._logprobs.setdefault(index, LegacyLogprobs()).of(delta)
@@ -252,6 +259,10 @@ class CompletionEncoder:
     def _started(self, prompt: int, started: pb.Started) -> bytes:
         self._frame.started(prompt, started)
         self._n = started.n
+        self._templates += [
+            self._frame.split_at_text(_choice(prompt * self._n + index, TEXT_MARK))
+            for index in range(self._n)
+        ]
         if self._n * self._prompts == 1:
             return b""
         # Clients want to see choices in index order first; the worker may begin anywhere.
@@ -264,8 +275,16 @@ class CompletionEncoder:
         logprobs: dict[str, list[Any]] | None = None,
         finish: str | None = None,
     ) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return self._frame.chunk([choice])
+        return self._frame.chunk([_choice(index, text, logprobs, finish)])
+
+
+def _choice(
+    index: int,
+    text: str,
+    logprobs: dict[str, list[Any]] | None = None,
+    finish: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
 class _Choice:

@@ -11,6 +11,8 @@ from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
 DONE = b"data: [DONE]\n\n"
+# Stands for the text in a template of an event.
+TEXT_MARK = "\x00text\x00"
 # JSON has no minus infinity; this is what OpenAI sends for it.
 LOWEST_LOGPROB = -9999.0
 
@@ -119,6 +121,14 @@ class ChunkFrame:
             shows = self.sends_running_usage or not choices
             chunk["usage"] = self.usage.as_json() if shows else None
         return sse_data(encode(chunk))
+
+    def split_at_text(self, choice: dict[str, Any]) -> tuple[bytes, bytes]:
+        """The event of a choice whose text is TEXT_MARK, before and after the JSON of that text.
+
+        Nearly all events of a stream differ in their text alone; this way only the text is encoded for each.
+        """
+        before, _, after = self.chunk([choice]).rpartition(encode(TEXT_MARK))
+        return before, after
 
     def end(self) -> bytes:
         """The usage chunk, if asked for, and the terminator."""
