@@ -33,11 +33,12 @@ class Stop(Exception):
 def main() -> int:
     environment, edge_url, worker_address = configure(os.environ)
     for variable in ("SLUICE_EDGE_PORT", "SLUICE_WORKER_PORT"):
-        if not is_free(int(environment[variable])):
-            print(
-                f"Port {environment[variable]} is taken; set {variable} to another.",
-                file=sys.stderr,
-            )
+        port = environment[variable]
+        if not (port.isdecimal() and 0 < int(port) < 65536):
+            print(f"{variable} is {port!r}; it must be a port, 1 to 65535.", file=sys.stderr)
+            return 2
+        if not is_free(int(port)):
+            print(f"Port {port} is taken; set {variable} to another.", file=sys.stderr)
             return 1
     signal.signal(signal.SIGTERM, raise_stop)
     signal.signal(signal.SIGINT, raise_stop)

@@ -27,7 +27,7 @@ def narrow_stack() -> Iterator[Stack]:
         yield running
 
 
-def body(prompt: str, max_tokens: int = 1500) -> dict[str, object]:
+def body(prompt: str, max_tokens: int = 1200) -> dict[str, object]:
     """A request that goes on until somebody stops it."""
     return {
         "prompt": prompt,
@@ -102,7 +102,7 @@ import grpc
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
 stub = GenerationServiceStub(grpc.insecure_channel({narrow_stack.worker_address!r}))
-stopping = pb.Stopping(max_tokens=1500, ignore_eos=True)
+stopping = pb.Stopping(max_tokens=1200, ignore_eos=True)
 for _ in stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="Once"), stopping=stopping)):
     print("message", flush=True)
 """
@@ -118,7 +118,7 @@ for _ in stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="Once"), stoppin
 @pytest.mark.parametrize("prompt", ["Once", LONG_PROMPT], ids=["decode", "prefill"])
 def test_a_deadline_ends_the_generation(narrow_stack: Stack, prompt: str) -> None:
     request = pb.GenerateRequest(
-        prompt=pb.Prompt(text=prompt), stopping=pb.Stopping(max_tokens=1500, ignore_eos=True)
+        prompt=pb.Prompt(text=prompt), stopping=pb.Stopping(max_tokens=1200, ignore_eos=True)
     )
     with pytest.raises(grpc.RpcError) as caught:
         list(narrow_stack.stub.Generate(request, timeout=0.3))
@@ -127,7 +127,7 @@ def test_a_deadline_ends_the_generation(narrow_stack: Stack, prompt: str) -> Non
 
 
 def test_abort_from_another_connection(narrow_stack: Stack) -> None:
-    request = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True}
+    request = {"prompt": "Once", "max_tokens": 1200, "ignore_eos": True}
     with httpx.stream(
         "POST", f"{narrow_stack.url}/v1/streams", json=request, timeout=PATIENCE
     ) as response:

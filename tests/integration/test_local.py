@@ -1,0 +1,137 @@
+"""`make run` as a user types it: in a terminal, with Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.integration.stack import PATIENCE, ROOT
+
+# what is installed here is what is tested, wherever it is
+MAKE = [
+    *("make", "--no-print-directory", "--old-file=.venv/installed-serve"),
+    f"BIN={Path(sys.executable).parent}",
+    "run",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def environment(**settings: object) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLUICE_", "MAKE"))}
+    return {**clean, **{name: str(value) for name, value in settings.items()}}
+
+
+class Terminal:
+    """A command with a terminal of its own."""
+
+    def __init__(self, command: list[str], **settings: object) -> None:
+        self.output = ""
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execvpe(command[0], command, environment(**settings))  # noqa: S606
+
+    def read_until(self, text: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.output:
+            assert time.monotonic() < deadline, self.output
+            if select.select([self.descriptor], [], [], 1)[0]:
+                self.output += os.read(self.descriptor, 65536).decode(errors="replace")
+
+    def type(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+    def wait(self) -> int:
+        """Exit code, once it has ended; its terminal is read to the end meanwhile."""
+        while True:
+            try:
+                self.output += os.read(self.descriptor, 65536).decode(errors="replace")
+            except OSError:  # nobody holds the other end any more
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_run_serves_and_stops_cleanly_on_ctrl_c() -> None:
+    edge_port, worker_port = free_port(), free_port()
+    terminal = Terminal(MAKE, SLUICE_EDGE_PORT=edge_port, SLUICE_WORKER_PORT=worker_port)
+    try:
+        terminal.read_until("Ctrl-C stops it.")
+        assert f"curl -N http://localhost:{edge_port}/v1/chat/completions" in terminal.output
+        body = {"model": "default", "prompt": "Once upon a time", "max_tokens": 3}
+        answer = httpx.post(
+            f"http://localhost:{edge_port}/v1/completions", json=body, timeout=PATIENCE
+        )
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        family = psutil.Process(terminal.pid).children(recursive=True)
+        assert len(family) >= 3  # the launcher, the worker, the edge
+    finally:
+        terminal.type("\x03")
+    assert terminal.wait() == 0, terminal.output
+    assert "Traceback" not in terminal.output
+    assert [process for process in family if process.is_running()] == []
+
+
+@pytest.mark.parametrize("variable", ["SLUICE_EDGE_PORT", "SLUICE_WORKER_PORT"])
+def test_a_taken_port_is_one_clear_line(variable: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"SLUICE_EDGE_PORT": free_port(), "SLUICE_WORKER_PORT": free_port(), variable: port}
+        result = subprocess.run(
+            [sys.executable, "deploy/local.py"],
+            cwd=ROOT,
+            env=environment(**ports),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    assert result.returncode == 1
+    assert result.stderr == f"Port {port} is taken; set {variable} to another.\n"
+
+
+def test_a_port_that_is_none_is_one_clear_line() -> None:
+    result = subprocess.run(
+        [sys.executable, "deploy/local.py"],
+        cwd=ROOT,
+        env=environment(SLUICE_EDGE_PORT="http"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "SLUICE_EDGE_PORT" in result.stderr
+
+
+def test_a_model_that_cannot_be_loaded_stops_everything() -> None:
+    ports = {"SLUICE_EDGE_PORT": free_port(), "SLUICE_WORKER_PORT": free_port()}
+    result = subprocess.run(
+        [sys.executable, "deploy/local.py"],
+        cwd=ROOT,
+        env=environment(**ports, SLUICE_WORKER_MODEL="/nowhere"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 1
+    assert "no such directory" in result.stderr
+    assert "Traceback" not in result.stderr
