@@ -11,6 +11,8 @@ import torch
 # Candidates that a row without top-k sorts at first; most distributions put nearly all their mass on fewer.
 _FIRST_CANDIDATES = 128
 _GROWTH = 16
+# On a CPU, sorting a whole row with numpy costs less than torch's selection of more than one in this many of it.
+_WHOLE_SORT = 32
 
 
 def thresholds(
@@ -62,15 +64,21 @@ def _search(
     count = min(vocabulary, int(limited.max(initial=0)) or _FIRST_CANDIDATES)
     if len(limited) == len(top_k):
         return _last_survivors(scores, weights, k, p, count)[0]
-    count = min(vocabulary, max(count, _FIRST_CANDIDATES))
+    count = _affordable(max(count, _FIRST_CANDIDATES), scores)
     least, is_certain = _last_survivors(scores, weights, k, p, count)
     while count < vocabulary and len(open_rows := (~is_certain).nonzero()[:, 0]):
-        count = min(vocabulary, count * _GROWTH)
-        found, is_certain[open_rows] = _last_survivors(
+        count = _affordable(count * _GROWTH, scores)
+        least[open_rows], is_certain[open_rows] = _last_survivors(
             scores[open_rows], weights[open_rows], k[open_rows], p[open_rows], count
         )
-        least[open_rows] = found
     return least
+
+
+def _affordable(count: int, scores: torch.Tensor) -> int:
+    """As many candidates as cost no more than `count` of them."""
+    vocabulary = scores.shape[1]
+    is_sorted_whole = scores.device.type == "cpu" and count * _WHOLE_SORT >= vocabulary
+    return vocabulary if is_sorted_whole else min(vocabulary, count)
 
 
 def _last_survivors(
@@ -81,9 +89,9 @@ def _last_survivors(
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The least scores [rows, 1] that survive among the `count` greatest, and whether these sufficed [rows]."""
-    values = scores.topk(count).values
+    values = _greatest(scores, count)
     in_top_k = torch.arange(count, device=scores.device) < top_k[:, None]
-    mass = values.double().exp_().masked_fill_(~in_top_k, 0)
+    mass = values.exp().double().masked_fill_(~in_top_k, 0)
     cumulative = mass.cumsum(1)
     has_all = top_k <= count
     total = torch.where(has_all, cumulative[:, -1], weights.sum(1, dtype=torch.float64))
@@ -92,3 +100,11 @@ def _last_survivors(
     survives = in_top_k & (cumulative - mass < wanted[:, None])
     last = survives.sum(1, keepdim=True).sub_(1).clamp_min_(0)
     return values.gather(1, last), has_all | (cumulative[:, -1] >= wanted)
+
+
+def _greatest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` greatest scores of each row, descending."""
+    if scores.device.type == "cpu" and count * _WHOLE_SORT >= scores.shape[1]:
+        descending = np.sort(scores.numpy(), axis=1)[:, ::-1]
+        return torch.from_numpy(descending[:, :count].copy())
+    return scores.topk(count).values
