@@ -1,6 +1,7 @@
 """The one table from the worker's statuses to HTTP, and the error that carries a row of it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import grpc
@@ -28,6 +29,13 @@ class EdgeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.status} {self.type}: {self.message}"
+
+    def rename_param(self, name: Callable[[str], str]) -> None:
+        """Calls the field that was refused, here and in the message, what the client calls it."""
+        if self.param is not None:
+            path, self.param = self.param, name(self.param)
+            if self.message.startswith(f"{path}:"):
+                self.message = self.param + self.message.removeprefix(path)
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error object of the OpenAI routes, which the native dialect shares."""

@@ -28,6 +28,7 @@ class Generation:
     ) -> None:
         self._requests = requests
         self._field_name = field_name
+        self._prompt_tokens = 0
         self._usage = pb.Usage()
         self._finish_reasons: set[str] = set()
         self._calls: list[GenerateCall] = []
@@ -50,13 +51,13 @@ class Generation:
             task.cancel()
 
     def summary(self) -> dict[str, Any]:
-        """Token counts and finish reasons, for the log line."""
-        return {
-            "prompt_tokens": self._usage.prompt_tokens,
-            "completion_tokens": self._usage.completion_tokens,
-            "cached_tokens": self._usage.cached_tokens,
-            "finish_reasons": sorted(self._finish_reasons),
-        }
+        """Token counts and finish reasons, as far as known, for the log line."""
+        summary: dict[str, Any] = {"prompt_tokens": self._prompt_tokens}
+        if self._finish_reasons:
+            summary["completion_tokens"] = self._usage.completion_tokens
+            summary["cached_tokens"] = self._usage.cached_tokens
+            summary["finish_reasons"] = sorted(self._finish_reasons)
+        return summary
 
     async def open(self, worker: WorkerClient) -> list[pb.GenerateResponse]:
         """Begins the calls and returns the `started` message of each.
@@ -74,6 +75,7 @@ class Generation:
         if len(started) < len(first) or any(not m.HasField("started") for m in started):
             raise server_error()
         self._unfinished = [message.started.n for message in started]
+        self._prompt_tokens = sum(message.started.prompt_tokens for message in started)
         return started
 
     async def read(self) -> Item | None:
@@ -125,8 +127,7 @@ class Generation:
         except grpc.aio.AioRpcError as error:
             self._raise_if_stopped()
             failure = error_from_call(error)
-            if failure.param is not None:
-                failure.param = self._field_name(failure.param)
+            failure.rename_param(self._field_name)
             raise failure from None
         self._raise_if_stopped()
         if not isinstance(message, pb.GenerateResponse):  # grpc.aio.EOF
@@ -141,7 +142,6 @@ class Generation:
     def _note(self, finished: pb.Finished) -> None:
         self._finish_reasons.add(finish_reason_name(finished.finish_reason))
         if finished.HasField("usage"):
-            self._usage.prompt_tokens += finished.usage.prompt_tokens
             self._usage.completion_tokens += finished.usage.completion_tokens
             self._usage.cached_tokens += finished.usage.cached_tokens
 

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from edge.errors import EdgeError
@@ -56,6 +57,7 @@ class StreamProtocol(HttpToolsProtocol):
         self._is_refusing = False
         self._is_in_head = False
         self._head_bytes = 0
+        self._declined_head: bytes | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(  # type: ignore[override]  # as uvicorn has it
@@ -80,14 +82,17 @@ class StreamProtocol(HttpToolsProtocol):
         self.abort_if_running()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline_upgrade(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "Invalid HTTP request.")
         if self._is_in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, "The request's headers are too large.")
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
 
     def on_message_begin(self) -> None:
         if self._is_response_running():
@@ -101,7 +106,9 @@ class StreamProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        if not self._is_refusing:
+        if self.parser.should_upgrade():
+            self._declined_head = self._head_without_offer()
+        elif not self._is_refusing:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -109,9 +116,28 @@ class StreamProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._is_refusing:
+        if self._declined_head is None and not self._is_refusing:
             self._stop_read_timer()
             super().on_message_complete()
+
+    def _head_without_offer(self) -> bytes:
+        """The head of the current request as if it had not offered another protocol."""
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1"]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b"close" if b"close" in value.lower() else b"keep-alive"
+            if name != b"upgrade":
+                lines.append(name + b": " + value)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Reads a request again that offered another protocol; its body would be taken for that protocol."""
+        head, self._declined_head = self._declined_head, None
+        if head is None or head.startswith(b"CONNECT "):
+            self._refuse(400, "CONNECT is not supported.")
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(head + rest)
 
     def _refuse(self, status: int, message: str) -> None:
         """Answers what never became a request, and closes."""

@@ -1,5 +1,6 @@
 """What the request models of all dialects share: field types, sampling fields, and readable errors."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -56,7 +57,7 @@ class SamplingFields(RequestModel):
         )
         for token_id, bias in (self.logit_bias or {}).items():
             if int(token_id) > 2**32 - 1:
-                raise invalid_request("Not a token id.", f"logit_bias.{token_id}")
+                raise invalid_request("Not a token id.", f"logit_bias[{token_id}]")
             message.logit_bias[int(token_id)] = bias
         return message
 
@@ -92,8 +93,8 @@ def _explain(
 ) -> EdgeError:
     # A union reports every member that did not fit; the one that got furthest is the one that was meant.
     paths = [(_path(body, detail), detail) for detail in error.errors(include_url=False)]
-    path, detail = max(paths, key=lambda entry: entry[0].count("."))
-    field = path.split(".")[0]
+    path, detail = max(paths, key=lambda entry: entry[0].count(".") + entry[0].count("["))
+    field = re.split(r"[.\[]", path, maxsplit=1)[0]
     if detail["type"] == "extra_forbidden":
         return invalid_request(f"Unrecognized field: {path}.", path, "unknown_field")
     if field in model.UNSUPPORTED:
@@ -105,7 +106,7 @@ def _explain(
 
 def _path(body: Mapping[str, Any], detail: ErrorDetails) -> str:
     """The path of an error in the body, without pydantic's names of union members."""
-    path: list[str] = []
+    path = ""
     value: Any = body
     for part in detail["loc"]:
         if isinstance(value, Mapping) and part in value:
@@ -114,5 +115,5 @@ def _path(body: Mapping[str, Any], detail: ErrorDetails) -> str:
             value = value[part]
         elif not (detail["type"] == "missing" and part == detail["loc"][-1]):
             continue
-        path.append(str(part))
-    return ".".join(path)
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")

@@ -1,5 +1,7 @@
 """No client library at all: HTTP by hand."""
 
+import asyncio
+
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.raw_http import RawClient
 
@@ -22,6 +24,12 @@ async def test_a_body_in_single_bytes(edge: EdgeProcess) -> None:
             await client.send(bytes([byte]))
         answer = await client.read_until(b'"usage"')
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def test_connect_is_refused(edge: EdgeProcess) -> None:
+    async with RawClient(edge.port) as client:
+        await client.send(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com\r\n\r\n")
+        assert (await client.read_to_end()).startswith(b"HTTP/1.1 400")
 
 
 async def test_what_is_no_http_is_a_400(edge: EdgeProcess) -> None:
@@ -53,3 +61,20 @@ async def test_an_event_source_by_hand(edge: EdgeProcess) -> None:
     assert b"content-type: text/event-stream; charset=utf-8\r\n" in answer
     assert answer.count(b"event: delta\n") == 3
     assert answer.count(b"event: finished\n") == 1
+
+
+async def test_an_offer_to_upgrade_is_ignored(edge: EdgeProcess) -> None:
+    """Java's HttpClient makes it with every first request."""
+    body = b'{"prompt":"x"}'
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\n"
+        b"upgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\ncontent-length: %d\r\n\r\n"
+    )
+    async with RawClient(edge.port) as client:
+        for parts in ([head % len(body) + body], [head % len(body), body]):
+            client.received = b""
+            for part in parts:
+                await client.send(part)
+                await asyncio.sleep(0.05)
+            answer = await client.read_until(b'"usage"')
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")

@@ -235,13 +235,13 @@ async def test_unsupported_completions_features_are_named(
         ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "messages.0.content.0.type",
+            "messages[0].content[0].type",
         ),
         ({"messages": HI, "temperature": "hot"}, "temperature"),
         ({"messages": HI, "temperature": "0.5"}, "temperature"),
@@ -251,10 +251,10 @@ async def test_unsupported_completions_features_are_named(
         ({"messages": HI, "max_tokens": 2**32}, "max_tokens"),
         ({"messages": HI, "seed": 2**63}, "seed"),
         ({"messages": HI, "stream": "yes"}, "stream"),
-        ({"messages": HI, "stop": [1]}, "stop.0"),
+        ({"messages": HI, "stop": [1]}, "stop[0]"),
         ({"messages": HI, "stop": {"a": 1}}, "stop"),
         ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias.x"),
-        ({"messages": HI, "logit_bias": {"9999999999": 1}}, "logit_bias.9999999999"),
+        ({"messages": HI, "logit_bias": {"9999999999": 1}}, "logit_bias[9999999999]"),
         ({"messages": HI, "top_k": -2}, "top_k"),
         ({"messages": HI, "nonsense": 1}, "nonsense"),
         ({"messages": HI, "stream_options": {"nonsense": 1}}, "stream_options.nonsense"),
@@ -380,8 +380,9 @@ async def test_the_workers_field_names_become_the_dialects(
     field: str,
     param: str,
 ) -> None:
-    worker.script = failing(grpc.StatusCode.INVALID_ARGUMENT, "no", bad_field(field))
-    assert (await refused(http, path, INPUT[path] | fields))["param"] == param
+    worker.script = failing(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: no", bad_field(field))
+    error = await refused(http, path, INPUT[path] | fields)
+    assert (error["param"], error["message"]) == (param, f"{param}: no")
 
 
 async def test_request_ids_for_the_worker_are_the_edges_own(
