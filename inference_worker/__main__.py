@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from inference_worker.command_line import read_settings
+from inference_worker.early_signals import end_on_signal
 from inference_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     settings = read_settings(WorkerSettings, "inference_worker", sys.argv[1:])
+    end_on_signal()
     # Imported only now: --help and a bad setting need neither grpc nor a tokenizer.
     from inference_worker.process import run
 

@@ -60,14 +60,20 @@ class Generation:
         self._is_started = False
         self._is_over = False
 
-    def end(self, reason: FinishReason) -> None:
-        """End it now, wherever it is; its reader gets a `finished` with the reason for each choice."""
+    def end(self, reason: FinishReason) -> bool:
+        """End it now, wherever it is; its reader gets a `finished` with the reason for each choice.
+
+        False, and nothing happens, if the engine has ended it already and only the reader has not read all.
+        """
+        if self._is_over:
+            return False
         if self._request is not None:
             self._backend.engine.cancel(self._reading.request_id, reason)
-            return
+            return True
         self._end_reason = reason
         if self._tokenizing is not None:
             self._tokenizing.cancel()
+        return True
 
     async def messages(self) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The stream. Leaving it early takes the request out of the engine before its next step.

@@ -18,8 +18,8 @@ _MAX_ENDED: Final = 4096
 class Endable(Protocol):
     """A request that can be told to end."""
 
-    def end(self, reason: FinishReason) -> None:
-        """End it now; its reader is told the reason. Does nothing once it has ended."""
+    def end(self, reason: FinishReason) -> bool:
+        """End it now; its reader is told the reason. False: it has ended, and its reader still reads."""
         ...
 
 
@@ -76,8 +76,8 @@ class Registry:
     def abort(self, request_id: str) -> pb.AbortOutcome.ValueType:
         """End a request, and say what was found."""
         if (request := self._inside.get(request_id)) is not None:
-            request.end(FinishReason.CANCELLED)
-            return pb.ABORT_OUTCOME_ABORTED
+            has_effect = request.end(FinishReason.CANCELLED)
+            return pb.ABORT_OUTCOME_ABORTED if has_effect else pb.ABORT_OUTCOME_ALREADY_FINISHED
         if request_id in self._ended:
             return pb.ABORT_OUTCOME_ALREADY_FINISHED
         return pb.ABORT_OUTCOME_UNKNOWN

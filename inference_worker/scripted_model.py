@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import Field
 
 from inference_worker.command_line import read_settings
+from inference_worker.early_signals import end_on_signal
 from inference_worker.engine.event import Candidate, Token
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.runner import Row, RowOutput
@@ -149,6 +150,7 @@ def load_script(settings: ScriptedSettings) -> ServedModel:
 
 def main() -> int:
     settings = read_settings(ScriptedSettings, "inference_worker.scripted_model", sys.argv[1:])
+    end_on_signal()
     from inference_worker.process import run
 
     return run(settings, lambda _: load_script(settings))

@@ -17,8 +17,9 @@ class Inside:
     def __init__(self) -> None:
         self.reasons: list[FinishReason] = []
 
-    def end(self, reason: FinishReason) -> None:
+    def end(self, reason: FinishReason) -> bool:
         self.reasons.append(reason)
+        return len(self.reasons) == 1
 
 
 async def test_an_id_is_inside_then_ended_then_free_again() -> None:
@@ -30,6 +31,7 @@ async def test_an_id_is_inside_then_ended_then_free_again() -> None:
             registry.check_free("a")
         assert registry.abort("a") == pb.ABORT_OUTCOME_ABORTED
         assert request.reasons == [FinishReason.CANCELLED]
+        assert registry.abort("a") == pb.ABORT_OUTCOME_ALREADY_FINISHED
     registry.check_free("a")
     assert registry.abort("a") == pb.ABORT_OUTCOME_ALREADY_FINISHED
     with registry.hold("a", Inside()):
