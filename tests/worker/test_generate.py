@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import grpc.aio
@@ -15,6 +16,7 @@ from tests.worker.served_worker import (
     read_rest,
     read_until,
     reasons,
+    refusal_of,
     serve_script,
     texts,
 )
@@ -231,14 +233,23 @@ async def test_a_slow_reader_gets_few_large_items() -> None:
     assert messages[-1].finished.usage.completion_tokens == 8000
 
 
-async def test_a_large_prompt_does_not_hold_the_others_up() -> None:
-    async with serve_script(text=TEXT, repeats=1) as worker:
-        large = worker.stub.Generate(generate_request(text="many words " * 200_000))
-        await worker.wait_for(requests=1)
-        for _ in range(3):
-            assert reasons(await worker.generate()) == ["LENGTH"]
-        assert not large.done()
-        large.cancel()
+@pytest.mark.xfail(strict=True, reason="Tokenizer.encode holds the GIL; encode_batch_fast does not")
+async def test_a_large_prompt_leaves_the_event_loop_alone() -> None:
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            gaps.append(time.monotonic() - before)
+
+    async with serve_script() as worker:
+        ticking = asyncio.create_task(tick())
+        began = time.monotonic()
+        await refusal_of(worker.stub.Generate(generate_request(text="many words " * 200_000)))
+        took = time.monotonic() - began
+        ticking.cancel()
+    assert max(gaps) < took / 2
 
 
 async def test_chat_is_rendered_by_the_template() -> None:
