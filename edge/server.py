@@ -19,6 +19,8 @@ from edge.settings import EdgeSettings
 # What the kernel buffers for a client that does not read; by default it is megabytes.
 _SEND_BUFFER_BYTES = 16 * 1024
 _BACKLOG = 2048
+# The kernel gives up on a peer after the edge would, so that the log says which of the two it was.
+_KERNEL_MARGIN_SECONDS = 5
 # Open files besides connections.
 _OTHER_FILES = 256
 # Longer than clients and proxies keep idle connections, so that it is they who close and none meets a closed one.
@@ -63,7 +65,7 @@ def _notice_vanished_peers(listener: socket.socket, send_timeout_seconds: float)
         ("TCP_KEEPIDLE", 15),
         ("TCP_KEEPINTVL", 5),
         ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", max(1, int(send_timeout_seconds * 1000))),
+        ("TCP_USER_TIMEOUT", int((send_timeout_seconds + _KERNEL_MARGIN_SECONDS) * 1000)),
     ):
         if hasattr(socket, option):  # not every system has all of them
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
