@@ -63,8 +63,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, after the special tokens that the tokenizer puts before every text."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
-        return ids
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
@@ -82,8 +81,7 @@ class Tokenizer:
         ) as error:  # Jinja runs the checkpoint's own code: any exception is its refusal
             raise TemplateError(f"the chat template refuses the messages: {error}") from error
         # the template writes every special token itself
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token, a special one's name included; empty for an id that has no token."""
@@ -103,6 +101,12 @@ class Tokenizer:
             return WindowDetokenizer(self._window_decode)
         strip = at_start and self._strips_first_space
         return ByteDetokenizer(self._shown_bytes, strip_first_space=strip)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # unlike `encode`, the batch call lets go of the interpreter: the event loop and the engine run on
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
 
     def _window_decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         text: str = self._backend.decode(

@@ -233,7 +233,6 @@ async def test_a_slow_reader_gets_few_large_items() -> None:
     assert messages[-1].finished.usage.completion_tokens == 8000
 
 
-@pytest.mark.xfail(strict=True, reason="Tokenizer.encode holds the GIL; encode_batch_fast does not")
 async def test_a_large_prompt_leaves_the_event_loop_alone() -> None:
     gaps: list[float] = []
 
