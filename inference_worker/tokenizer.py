@@ -73,7 +73,7 @@ class Tokenizer:
         if not self.has_chat_template:
             raise TemplateError("the model has no chat template; send text or token ids instead")
         try:
-            text = self._hf.apply_chat_template(
+            text: Any = self._hf.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except (
