@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from inference_worker.model.batch import Batch, Chunk
+from inference_worker.model.batch import Batch, Chunk, DecodeRows
+from inference_worker.model.kv_cache import KVCache
 
 PAGED = "sluice_paged"
 
@@ -44,12 +45,10 @@ def paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     batch.cache.write(layer, batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     rule = _Rule(scaling, softcap, s_aux)
-    parts = []
-    if batch.num_decode:
-        parts.append(_attend_decode(batch, layer, query[0, :, : batch.num_decode], rule))
-    parts.extend(
-        _attend_chunk(batch, layer, chunk, query, key, value, rule) for chunk in batch.chunks
-    )
+    parts = [_attend_decode(batch.cache, layer, rows, query, rule) for rows in batch.decode]
+    parts += [
+        _attend_chunk(batch.cache, layer, chunk, query, key, value, rule) for chunk in batch.chunks
+    ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
@@ -107,22 +106,25 @@ def _sink_shape(scores: torch.Tensor, sinks: torch.Tensor) -> tuple[int, int]:
     return scores.shape[1], sinks.numel() // scores.shape[1]
 
 
-def _attend_decode(batch: Batch, layer: int, query: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """Attention of the decode rows: query [heads, rows, dim] to [rows, heads, dim]."""
-    shape = batch.cache.layers[layer]
-    view = batch.decode_view(shape.window)
-    keys, values = batch.cache.read(layer, view.block_ids)
-    num_heads, rows, dim = query.shape
-    heads = shape.num_kv_heads
+def _attend_decode(
+    cache: KVCache, layer: int, rows: DecodeRows, query: torch.Tensor, rule: _Rule
+) -> torch.Tensor:
+    """Attention of decode rows: [rows, heads, value dim]."""
+    shape = cache.layers[layer]
+    view = rows.view(shape.window)
+    keys, values = cache.read(layer, view.block_ids)
+    num_rows, num_heads, heads = rows.last - rows.first, query.shape[1], shape.num_kv_heads
     # the query heads that share a key head stand side by side as the query axis: no copy of keys for each
-    grouped = query.transpose(0, 1).reshape(rows, heads, num_heads // heads, dim)
-    keys = keys.view(rows, -1, heads, shape.key_dim).transpose(1, 2)
-    values = values.view(rows, -1, heads, shape.value_dim).transpose(1, 2)
-    return rule.attend(grouped, keys, values, view.mask).reshape(rows, num_heads, shape.value_dim)
+    grouped = query[0, :, rows.first : rows.last].transpose(0, 1)
+    grouped = grouped.reshape(num_rows, heads, num_heads // heads, shape.key_dim)
+    keys = keys.view(num_rows, view.num_keys, heads, shape.key_dim).transpose(1, 2)
+    values = values.view(num_rows, view.num_keys, heads, shape.value_dim).transpose(1, 2)
+    attended = rule.attend(grouped, keys, values, view.mask)
+    return attended.reshape(num_rows, num_heads, shape.value_dim)
 
 
 def _attend_chunk(
-    batch: Batch,
+    cache: KVCache,
     layer: int,
     chunk: Chunk,
     query: torch.Tensor,
@@ -131,21 +133,21 @@ def _attend_chunk(
     rule: _Rule,
 ) -> torch.Tensor:
     """Attention of one prefill chunk: [tokens, heads, value dim]."""
-    window = batch.cache.layers[layer].window
-    query = query[:, :, chunk.first : chunk.last]
-    if chunk.start == 0 and (window is None or chunk.stop <= window):
-        keys, values = key[:, :, chunk.first : chunk.last], value[:, :, chunk.first : chunk.last]
-        mask = None
+    window = cache.layers[layer].window
+    tokens = slice(chunk.first, chunk.last)
+    if chunk.sees_itself_only(window):
+        keys, values, mask = key[:, :, tokens], value[:, :, tokens], None
     else:
-        view = batch.chunk_view(chunk, window)
-        cached_keys, cached_values = batch.cache.read(layer, view.block_ids)
+        view = chunk.view(window)
+        cached_keys, cached_values = cache.read(layer, view.block_ids)
         keys = cached_keys[: view.num_keys].transpose(0, 1)[None]
         values = cached_values[: view.num_keys].transpose(0, 1)[None]
         mask = view.mask
     group = query.shape[1] // keys.shape[1]
     if group > 1:
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    return rule.attend(query, keys, values, mask, is_causal=mask is None)[0].transpose(0, 1)
+    attended = rule.attend(query[:, :, tokens], keys, values, mask, is_causal=mask is None)
+    return attended[0].transpose(0, 1)
 
 
 AttentionInterface.register(PAGED, paged_attention)

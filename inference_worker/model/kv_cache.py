@@ -47,6 +47,8 @@ class KVCache:
         self.device = device
         self.layers = dict(layers)
         self.bytes_per_token = bytes_per_token(layers, dtype)
+        # of the largest layer
+        self.bytes_per_token_of_layer = max(bytes_per_token({0: x}, dtype) for x in layers.values())
         # [num_blocks, block_size, num_kv_heads, dim] by layer
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}

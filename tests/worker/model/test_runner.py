@@ -66,6 +66,19 @@ def test_any_block_size(
     assert [s.token_ids for s in sequences] == llama_greedy
 
 
+@pytest.mark.parametrize("limit", [1, 6_000])
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gpt-oss, sinks"])
+def test_decode_rows_in_several_groups(
+    family: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_worker.model.batch._GATHERED_BYTES_CPU", limit)
+    model = build(family)
+    expected = [generate(model, prompt_of(length), NUM_TOKENS) for length in LENGTHS]
+    sequences = [new_sequence(prompt_of(length)) for length in LENGTHS]
+    Driver(new_runner(model)).run(sequences, NUM_TOKENS)
+    assert [s.token_ids for s in sequences] == expected
+
+
 def test_latecomers_share_steps_with_decode_rows(
     runner: ModelRunner, llama_greedy: list[list[int]]
 ) -> None:
