@@ -77,9 +77,10 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._drain():
+                self._hand_over()  # a header must not wait for the step that it precedes
                 if self._engine.has_work:
                     self._engine.step()
-                self._hand_over()
+                    self._hand_over()
             self._engine.cancel_all(FinishReason.SHUTDOWN)
             self._hand_over()
             self._engine.close()

@@ -79,6 +79,16 @@ class PausedRunner(HashRunner):
         assert self.tickets.acquire(timeout=10)
 
 
+async def test_the_header_does_not_wait_for_the_first_step() -> None:
+    runner = PausedRunner()
+    async with running(runner) as thread:
+        stream = thread.submit(make_request("a", [1, 2], 2))
+        events = await stream.next()  # the first step waits for its ticket
+        assert [type(event).__name__ for event in events] == ["Started"]
+        runner.tickets.release(2)
+        assert completion(await read_all(stream)) == reference_completion([1, 2], 2)
+
+
 async def test_cancel_takes_effect_before_the_next_step() -> None:
     runner = PausedRunner()
     async with running(runner) as thread:
