@@ -282,7 +282,7 @@ def script(model: str, step_milliseconds: float) -> Subject:
         "inference_worker.scripted_model",
         settings,
         context_length=_SCRIPT_CONTEXT,
-        long_prompt=60_000,
+        long_prompt=30_000,
     )
 
 
@@ -344,7 +344,7 @@ def report(plan: Sequence[tuple[Subject, Sequence[Scenario]]]) -> Report:
         (
             "From a client's close() to its sequence gone and its blocks free, as GetLoad tells it; `Resolution` is "
             "the time between two answers of GetLoad. `Step` is measured in the same state. Expected: p99 is at most "
-            f"{_RESERVE_MS} ms above a step.",
+            f"{_RESERVE_MS} ms above a step. Of fewer than 100 samples, p99 is the highest.",
             str(table),
         ),
         load,
@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--step-milliseconds", type=float, default=10, help="of the script")
     parser.add_argument("--many", type=int, default=200, help="clients that leave at once")
     parser.add_argument("--repetitions", type=int, default=100, help="with one client")
-    parser.add_argument("--repetitions-of-many", type=int, default=15, help="with many clients")
+    parser.add_argument("--repetitions-of-many", type=int, default=8, help="with many clients")
     parser.add_argument("--keep", type=Path, help="Markdown file that keeps the result")
     given = parser.parse_args()
     scripted = script(given.model, given.step_milliseconds)

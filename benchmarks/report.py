@@ -33,7 +33,10 @@ class Report:
 
     def __str__(self) -> str:
         today = datetime.datetime.now(datetime.UTC).date()
-        facts = f"{today}, {_machine()}. Load average before the run: {self.load:.2f}."
+        facts = (
+            f"{today}, {_machine()}. Load average before the run: {self.load:.2f}; "
+            f"niceness of the measured processes: {os.getpriority(os.PRIO_PROCESS, 0)}."
+        )
         return "\n\n".join([f"## {self.name}", facts, *self.paragraphs])
 
     def keep(self, path: Path) -> None:
