@@ -101,6 +101,13 @@ class Draining(SluiceError):
         super().__init__("the worker is shutting down and takes no new requests")
 
 
+class SlowReader(SluiceError):
+    """The caller did not read for too long, and held a place that others wait for."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the stream was not read for {seconds:g} seconds")
+
+
 class InternalError(SluiceError):
     """A bug, or a sequence whose numbers exploded. What happened is in the log, under the request's id."""
 
@@ -123,6 +130,7 @@ _TABLE: Final[dict[type[SluiceError], tuple[grpc.StatusCode, str]]] = {
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     TokenBudgetFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUDGET_FULL"),
     Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+    SlowReader: (grpc.StatusCode.ABORTED, "SLOW_READER"),
     InternalError: (grpc.StatusCode.INTERNAL, "INTERNAL"),
 }
 

@@ -51,7 +51,7 @@ class Server:
     async def start(self, worker: Worker) -> None:
         """Answer calls."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(worker), self._server
+            GenerationService(worker, self._settings.send_timeout_seconds), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_reflection(self._server)

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from inference_worker.errors import InternalError, SluiceError, status_of
+from inference_worker.errors import InternalError, SlowReader, SluiceError, status_of
 from inference_worker.request_log import get_logger
 from inference_worker.worker import Worker
 from protos.sluice.v1 import generation_pb2 as pb
@@ -23,8 +23,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """sluice.v1.GenerationService on grpc.aio."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, send_timeout_seconds: float) -> None:
         self._worker = worker
+        self._send_timeout_seconds = send_timeout_seconds
 
     # A coroutine that writes, not an async generator: grpc.aio may clean up a generator in another task.
     async def Generate(  # type: ignore[override]  # noqa: N802
@@ -35,7 +36,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         deadline = None if remaining is None else time.monotonic() + remaining
         async with _statuses(context), aclosing(self._worker.generate(request, deadline)) as stream:
             async for message in stream:
+                await self._write(context, message)
+
+    async def _write(self, context: Context, message: pb.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_seconds):
                 await context.write(message)
+        except TimeoutError:
+            raise SlowReader(self._send_timeout_seconds) from None
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, context: Context

@@ -163,6 +163,12 @@ class WorkerSettings(BaseSettings):
         description="A stream that was silent this long sends a heartbeat.",
         json_schema_extra=unit("seconds"),
     )
+    send_timeout_seconds: float = Field(
+        60,
+        gt=0,
+        description="A stream that its caller did not read for this long is ended, and its memory freed.",
+        json_schema_extra=unit("seconds"),
+    )
     drain_seconds: float = Field(
         30,
         ge=0,

@@ -11,6 +11,8 @@ import pytest
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
 from tests.worker.served_worker import (
+    Call,
+    Refusal,
     generate_request,
     kinds,
     read_rest,
@@ -231,6 +233,27 @@ async def test_a_slow_reader_gets_few_large_items() -> None:
     assert len(ids) == 8000
     assert len(messages) < 2000
     assert messages[-1].finished.usage.completion_tokens == 8000
+
+
+async def test_a_reader_that_does_not_read_gives_its_place_up() -> None:
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
+    async with (
+        serve_script(context_length=8192, blocks=1024, send_timeout_seconds=0.2) as worker,
+        grpc.aio.insecure_channel(worker.address, options=narrow) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = generate_request(max_tokens=8000, output=pb.Output(token_ids=True, logprobs=5))
+        stalled = stub.Generate(request)
+        await stalled.read()
+        await worker.wait_for(30, requests=0, running=0, free_blocks=1024)
+        refusal = await refusal_of_rest(stalled)
+    assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.ABORTED, "SLOW_READER")
+
+
+async def refusal_of_rest(call: Call) -> Refusal:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_rest(call)
+    return Refusal(caught.value)
 
 
 async def test_a_large_prompt_leaves_the_event_loop_alone() -> None:

@@ -79,7 +79,8 @@ class GenerationServiceServicer(object):
 
         Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model),
         ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo (queue, slots or token budget full),
-        UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, INTERNAL (this request failed; others are unharmed).
+        UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read for --send-timeout-seconds),
+        INTERNAL (this request failed; others are unharmed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
