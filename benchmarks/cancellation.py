@@ -124,14 +124,23 @@ class LoadWatch:
             while not wanted((await self.now())[1]):
                 pass
 
+    async def _next_step(self) -> tuple[float, pb.GetLoadResponse]:
+        """The load after the step under way. Raises: TimeoutError."""
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            at, load = await self.now()
+            steps = load.steps
+            while load.steps == steps:
+                at, load = await self.now()
+            return at, load
+
     async def time_steps(
         self, measurement: Measurement, steps: float
     ) -> tuple[pb.GetLoadResponse, pb.GetLoadResponse]:
-        """Time so many steps, about; the load at the beginning and at the end."""
-        began_at, first = await self.now()
+        """Time so many steps, from the end of one to the end of another; the load at the beginning and at the end."""
+        began_at, first = await self._next_step()
         at, load = began_at, first
         while load.steps < first.steps + int(steps):
-            at, load = await self.now()
+            at, load = await self._next_step()
         measurement.timed_seconds += at - began_at
         measurement.timed_steps += load.steps - first.steps
         await asyncio.sleep(

@@ -56,7 +56,7 @@ def test_cancellation_measures_every_phase(tmp_path: Path) -> None:
     ]
     for row in found:
         step, beyond, p99 = float(row[7]), float(row[8]), float(row[6])
-        assert step >= 10  # what the script was told
+        assert step > 9  # the script was told 10; GetLoad sees a step's end up to one answer late
         assert beyond == pytest.approx(p99 - step, abs=0.11)  # each is rounded to a tenth
 
 
