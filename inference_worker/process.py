@@ -91,16 +91,13 @@ class _Process:
         return served
 
     def _tell_ready(self, server: Server, served: ServedModel, worker: Worker) -> None:
-        runner = served.runner
         get_logger().info(
             "ready",
             address=server.address,
             model=served.info.name,
             aliases=self._settings.model_aliases,
             context_length=worker.context_length,
-            kv_cache_blocks=runner.num_blocks,
-            kv_cache_block_size=runner.block_size,
-            kv_cache_tokens=runner.num_blocks * runner.block_size,
+            kv_cache=served.info.kv_cache,
             device=served.info.device,
             dtype=served.info.dtype,
             pid=os.getpid(),

@@ -143,6 +143,7 @@ def load_script(settings: ScriptedSettings) -> ServedModel:
         parameter_count=0,
         eos_token_ids=frozenset({tokenizer.vocabulary_size}),
         default_sampling=SamplingParams(),
+        kv_cache=f"{settings.blocks} blocks of {settings.block_size} tokens, without memory",
     )
     runner = ScriptedRunner(settings, script, end_token=tokenizer.vocabulary_size)
     return ServedModel(info=info, tokenizer=tokenizer, runner=runner)

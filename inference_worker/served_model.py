@@ -21,7 +21,8 @@ class ModelInfo:
     device: str
     parameter_count: int
     eos_token_ids: frozenset[int]
-    default_sampling: SamplingParams  # from the checkpoint's generation config; its seed means nothing
+    default_sampling: SamplingParams  # of the checkpoint; its seed means nothing
+    kv_cache: str  # one line: how many blocks, and what memory they take
 
 
 @dataclass(frozen=True, slots=True)

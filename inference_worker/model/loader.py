@@ -86,6 +86,7 @@ def load_model(settings: LoadSettings) -> ServedModel:
             parameter_count=sum(p.numel() for p in model.parameters()),
             eos_token_ids=_eos_token_ids(model),
             default_sampling=default_sampling(_generation_config(settings.model)),
+            kv_cache=runner.description,
         ),
         tokenizer=tokenizer,
         runner=runner,

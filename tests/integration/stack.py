@@ -108,7 +108,9 @@ def running_stack(
     worker_module: str = "inference_worker",
 ) -> Iterator[Stack]:
     """Start both, wait until they serve; at the end nothing may be left inside and both must exit with 0."""
-    worker = LoggedProcess(worker_module, {"host": "127.0.0.1", "port": 0, **(worker_flags or {})})
+    # one thread: matrices this small gain nothing from a second, which would spin beside the other processes
+    fixed = {"host": "127.0.0.1", "port": 0, "threads": 1}
+    worker = LoggedProcess(worker_module, {**fixed, **(worker_flags or {})})
     edge = None
     try:
         address = worker.wait_for_line(event="ready")["address"]
