@@ -3,8 +3,9 @@
 # The first Python of a supported version.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
-# Extra options for pip, such as an index that has torch's CPU build.
-PIP_ARGS ?=
+# Where pip finds torch, and torch alone: an index of CPU builds, say. Empty: where it finds all else.
+TORCH_INDEX_URL ?=
+PIP_INSTALL := .venv/bin/python -m pip install --no-warn-script-location -c constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
@@ -51,9 +52,10 @@ $(VENV)/installed-serve: pyproject.toml constraints.txt
 	@test -n '$(PYTHON)' || { echo 'Sluice needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)'; exit 1; }
 	@echo 'Setting up $(VENV) (a few minutes, once) ...'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --no-warn-script-location $(PIP_ARGS) -c constraints.txt -e '.[worker,edge]'
+	@test -z '$(TORCH_INDEX_URL)' || $(PIP_INSTALL) --no-deps --index-url '$(TORCH_INDEX_URL)' torch
+	@$(PIP_INSTALL) -e '.[worker,edge]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-serve
-	@$(BIN)/python -m pip install --no-warn-script-location $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
