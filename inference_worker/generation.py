@@ -68,7 +68,7 @@ class Generation:
         if self._is_over:
             return False
         if self._request is not None:
-            self._backend.engine.cancel(self._reading.request_id, reason)
+            self._backend.engine.cancel(self._request, reason)
             return True
         self._end_reason = reason
         if self._tokenizing is not None:
@@ -97,7 +97,7 @@ class Generation:
             if self._tokenizing is not None:
                 self._tokenizing.cancel()
             if self._request is not None and not self._is_over:
-                self._backend.engine.cancel(self._reading.request_id)
+                self._backend.engine.cancel(self._request)
 
     async def _read_prompt(self) -> list[int] | None:
         """Token ids, or None if the request was ended meanwhile."""

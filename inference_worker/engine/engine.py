@@ -80,8 +80,8 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens
         )
-        self._live: dict[str, LiveRequest] = {}
-        self._events: list[tuple[str, Event]] = []
+        self._live: dict[int, LiveRequest] = {}  # by the request's key
+        self._events: list[tuple[Request, Event]] = []
         self._steps = 0
         self._generated_tokens = 0
 
@@ -104,8 +104,8 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
         )
 
-    def take_events(self) -> list[tuple[str, Event]]:
-        """What happened since the last call: (request id, event), in order."""
+    def take_events(self) -> list[tuple[Request, Event]]:
+        """What happened since the last call, in order."""
         events, self._events = self._events, []
         return events
 
@@ -114,31 +114,37 @@ class Engine:
         self._pool.check(s for live in self._live.values() for s in live.sequences)
 
     def add(self, request: Request) -> None:
-        """Take a request into the queue. Its id must not be in use."""
-        live = LiveRequest(request)
-        leader = self._new_sequence(live, choice_index=0)
+        """Take a request into the queue. A request that cannot even be prepared fails at once."""
+        live = self._live[request.key] = LiveRequest(request)
+        try:
+            leader = self._new_sequence(live, choice_index=0)
+        except Exception as error:  # in its detokenizer or stop sequences; nobody else's
+            self._fail(live, error)
+            return
         cached = 0 if request.output.prompt_logprobs else self._pool.count_cached_tokens(leader)
         position = len(self._scheduler.waiting)
-        self._live[request.request_id] = live
         self._scheduler.add(leader)
         self._emit(live, Started(len(request.prompt), cached, position))
 
-    def cancel(self, request_id: str, reason: FinishReason | None) -> None:
-        """End a request now and free its blocks; tell its reader if there is a reason. Unknown ids are ignored."""
-        if (live := self._live.get(request_id)) is None:
+    def cancel(self, request: Request, reason: FinishReason | None) -> None:
+        """End a request now and free its blocks; tell its reader if there is a reason. Ended ones are ignored."""
+        if (live := self._live.get(request.key)) is None:
             return
         if reason is None:
             self._retire(live)
             return
-        for sequence in list(live.sequences):
-            self._finish(live, sequence, reason)
-        for choice_index in range(live.num_choices_begun, live.request.n):
-            self._emit_finished(live, Finished(choice_index, reason))
+        try:
+            for sequence in list(live.sequences):
+                self._finish(live, sequence, reason)
+            for choice_index in range(live.num_choices_begun, live.request.n):
+                self._emit_finished(live, Finished(choice_index, reason))
+        except Exception as error:  # in its text; nobody else's
+            self._fail(live, error)
 
     def cancel_all(self, reason: FinishReason) -> None:
         """End every request."""
-        for request_id in list(self._live):
-            self.cancel(request_id, reason)
+        for live in list(self._live.values()):
+            self.cancel(live.request, reason)
 
     def close(self) -> None:
         """Release the model. Nothing follows."""
@@ -154,7 +160,7 @@ class Engine:
         outputs = self._execute(rows)
         self._steps += 1
         for row, output in zip(rows, outputs, strict=True):
-            live = self._live.get(row.sequence.request.request_id)
+            live = self._live.get(row.sequence.request.key)
             if live is None:  # failed by a sibling in this very step
                 continue
             if output.error is not None:
@@ -173,7 +179,7 @@ class Engine:
             choice_index=choice_index,
             output=ChoiceOutput(choice_index, detokenizer, live.stop_strings),
             token_ids=list(request.prompt),
-            cache_salt=b"" if self._options.prefix_cache else request.request_id.encode(),
+            cache_salt=b"" if self._options.prefix_cache else request.key.to_bytes(8, "little"),
         )
         live.sequences.append(sequence)
         live.num_choices_begun += 1
@@ -195,7 +201,7 @@ class Engine:
     def _note_scheduled(self, rows: Iterable[Row]) -> None:
         now = time.monotonic()
         for row in rows:
-            live = self._live[row.sequence.request.request_id]
+            live = self._live[row.sequence.request.key]
             if live.scheduled_at is None:
                 live.scheduled_at = now
                 live.num_cached_tokens = row.start
@@ -270,15 +276,13 @@ class Engine:
         live.num_choices_left -= 1
         if live.num_choices_left == 0:
             footer = replace(footer, usage=live.usage(), timings=live.timings())
-            del self._live[live.request.request_id]
+            del self._live[live.request.key]
         self._emit(live, footer)
 
     def _finish_impossible(self) -> None:
         """Nothing runs and the first in the queue does not fit an empty cache: it cannot go on."""
         if self._scheduler.waiting:
-            sequence = self._scheduler.waiting[0]
-            live = self._live[sequence.request.request_id]
-            self._finish(live, sequence, FinishReason.PREEMPTED)
+            self.cancel(self._scheduler.waiting[0].request, FinishReason.PREEMPTED)
 
     def _fail(self, live: LiveRequest, error: Exception) -> None:
         self._retire(live)
@@ -288,7 +292,7 @@ class Engine:
         for sequence in live.sequences:
             self._scheduler.finish(sequence)
         live.sequences.clear()
-        del self._live[live.request.request_id]
+        del self._live[live.request.key]
 
     def _emit(self, live: LiveRequest, event: Event) -> None:
-        self._events.append((live.request.request_id, event))
+        self._events.append((live.request, event))

@@ -30,7 +30,7 @@ class EngineThread:
         self._on_crash = on_crash
         self._load = engine.load()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._streams: dict[str, EventStream] = {}
+        self._streams: dict[int, EventStream] = {}  # by the request's key
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -44,28 +44,28 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def submit(self, request: Request) -> EventStream:
-        """Hand a request over. Its id must not be in use.
+    def submit(
+        self, request: Request, on_event: Callable[[Event], None] | None = None
+    ) -> EventStream:
+        """Hand a request over. `on_event` hears of its events on the loop, before any reader takes them.
 
-        Raises: ValueError, if the id is in use; RuntimeError, if the thread has ended.
+        Raises: RuntimeError, if the thread has ended.
         """
-        if request.request_id in self._streams:
-            raise ValueError(f"request id {request.request_id!r} is in use")
         if not self._thread.is_alive():
             raise RuntimeError("the engine is not running")
-        stream = self._streams[request.request_id] = EventStream()
+        stream = self._streams[request.key] = EventStream(on_event)
         self._commands.put(lambda engine: engine.add(request))
         return stream
 
-    def cancel(self, request_id: str, reason: FinishReason | None = None) -> None:
+    def cancel(self, request: Request, reason: FinishReason | None = None) -> None:
         """End a request before the next step, and free its memory.
 
         With a reason its reader is told by a Finished for each choice that had none. Without one the reader is gone:
-        its stream gets nothing more. Unknown ids are ignored.
+        its stream gets nothing more. Ended requests are ignored.
         """
         if reason is None:
-            self._streams.pop(request_id, None)
-        self._commands.put(lambda engine: engine.cancel(request_id, reason))
+            self._streams.pop(request.key, None)
+        self._commands.put(lambda engine: engine.cancel(request, reason))
 
     async def stop(self) -> None:
         """End every request with SHUTDOWN, then the thread."""
@@ -110,13 +110,13 @@ class EngineThread:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self._loop.call_soon_threadsafe(callback, argument)
 
-    def _deliver(self, events: list[tuple[str, Event]]) -> None:
-        for request_id, event in events:
-            if (stream := self._streams.get(request_id)) is None:
+    def _deliver(self, events: list[tuple[Request, Event]]) -> None:
+        for request, event in events:
+            if (stream := self._streams.get(request.key)) is None:
                 continue  # its reader is gone
             stream.put(event)
             if is_last(event):
-                del self._streams[request_id]
+                del self._streams[request.key]
 
     def _crash(self, error: BaseException) -> None:
         for stream in self._streams.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from itertools import chain
 
 from inference_worker.engine.event import Delta, Event, Failed, Finished
 
@@ -10,54 +12,65 @@ from inference_worker.engine.event import Delta, Event, Failed, Finished
 class EventStream:
     """A mailbox for one reader. Used on the event loop only.
 
-    Bounded without limiting the engine: whatever the reader has not taken is merged, so that a slow reader costs one
-    pending delta a choice, never a queue.
+    Bounded without limiting the engine: what the reader has not taken is joined as it comes, so that a slow reader
+    costs one pending delta a choice, never a queue.
     """
 
-    def __init__(self) -> None:
-        self._pending: list[Event] = []
+    def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
+        """`on_event` hears of every event as it comes, however late the reader takes it."""
+        self._on_event = on_event
+        self._pending: list[Event | _Joined] = []
+        self._joined: dict[int, _Joined] = {}  # pending completion deltas by choice
         self._is_pending = asyncio.Event()
 
     def put(self, event: Event) -> None:
         """Add an event."""
-        self._pending.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+        if not isinstance(event, Delta) or event.is_prompt:
+            self._pending.append(event)
+        elif (joined := self._joined.get(event.choice_index)) is not None:
+            joined.add(event)
+        else:
+            self._joined[event.choice_index] = joined = _Joined(event)
+            self._pending.append(joined)
+        self._is_pending.set()
+
+    def wake(self) -> None:
+        """Let the reader return, with nothing if nothing is pending."""
         self._is_pending.set()
 
     async def next(self) -> list[Event]:
-        """All that is pending, once there is something. Deltas of one choice come as one.
+        """All that is pending, once there is something. Completion deltas of one choice come as one.
 
         The last event ever is Failed, or the Finished that has usage; awaiting more than that waits for ever.
         """
         await self._is_pending.wait()
         self._is_pending.clear()
         pending, self._pending = self._pending, []
-        return merge(pending)
+        self._joined.clear()
+        return [event.delta() if isinstance(event, _Joined) else event for event in pending]
+
+
+class _Joined:
+    """Deltas of one choice on their way to become one."""
+
+    __slots__ = ("_choice_index", "_texts", "_tokens")
+
+    def __init__(self, first: Delta) -> None:
+        self._choice_index = first.choice_index
+        self._texts = [first.text]
+        self._tokens = [first.tokens]
+
+    def add(self, delta: Delta) -> None:
+        self._texts.append(delta.text)
+        self._tokens.append(delta.tokens)
+
+    def delta(self) -> Delta:
+        tokens = self._tokens[0] if len(self._tokens) == 1 else tuple(chain(*self._tokens))
+        return Delta(self._choice_index, "".join(self._texts), tokens)
 
 
 def is_last(event: Event) -> bool:
     """Whether no event of this request follows."""
     return isinstance(event, Failed) or (isinstance(event, Finished) and event.usage is not None)
-
-
-def merge(events: list[Event]) -> list[Event]:
-    """The same events with each choice's completion deltas joined into its first one."""
-    if len(events) == 1:
-        return events
-    merged: list[Event | list[Delta]] = []
-    deltas: dict[int, list[Delta]] = {}
-    for event in events:
-        if not isinstance(event, Delta) or event.is_prompt:
-            merged.append(event)
-        elif event.choice_index in deltas:
-            deltas[event.choice_index].append(event)
-        else:
-            deltas[event.choice_index] = [event]
-            merged.append(deltas[event.choice_index])
-    return [_join(event) if isinstance(event, list) else event for event in merged]
-
-
-def _join(deltas: list[Delta]) -> Delta:
-    if len(deltas) == 1:
-        return deltas[0]
-    tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return Delta(deltas[0].choice_index, "".join([delta.text for delta in deltas]), tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,14 +44,20 @@ class OutputParams:
     prompt_logprobs: bool = False  # only with echo and logprobs
 
 
+_next_key = itertools.count().__next__
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One generation: `n` choices from one prompt."""
 
-    request_id: str
+    request_id: str  # the caller's name for it; an ended request's may come again
     prompt: tuple[int, ...]  # token ids, at least one
     stopping: StoppingParams
     sampling: SamplingParams = field(default_factory=SamplingParams)
     output: OutputParams = field(default_factory=OutputParams)
     n: int = 1
     admitted_at: float = field(default_factory=time.monotonic)  # start of the request's timings
+    # Tells this request from every other of the process, also from an earlier one of the same id that is only just
+    # leaving: what is still on its way for that one must not reach this one.
+    key: int = field(default_factory=_next_key)

@@ -111,8 +111,8 @@ def run(engine: Engine, requests: Sequence[Request]) -> dict[tuple[str, int], li
     while engine.has_work:
         engine.step()
         engine.check()
-        for request_id, event in engine.take_events():
-            add(tokens, request_id, event)
+        for of, event in engine.take_events():
+            add(tokens, of.request_id, event)
     assert engine.load().free_blocks == engine.load().total_blocks
     return tokens
 

@@ -64,8 +64,8 @@ def run(engine: Engine) -> dict[str, list[Event]]:
     while engine.has_work:
         engine.step()
         engine.check()
-        for request_id, event in engine.take_events():
-            events[request_id].append(event)
+        for request, event in engine.take_events():
+            events[request.request_id].append(event)
     return events
 
 
@@ -294,11 +294,12 @@ def test_a_prompt_larger_than_memory_is_ended_not_stuck() -> None:
 @pytest.mark.parametrize("reason", [None, FinishReason.CANCELLED])
 def test_cancel_frees_at_once(steps: int, reason: FinishReason | None) -> None:
     engine = make_engine(HashRunner(64, 4), max_batch_tokens=8)
-    engine.add(make_request("a", list(range(20)), 50, n=2))
+    request = make_request("a", list(range(20)), 50, n=2)
+    engine.add(request)
     for _ in range(steps):
         engine.step()
     engine.take_events()
-    engine.cancel("a", reason)
+    engine.cancel(request, reason)
     assert_idle(engine)
     assert not engine.has_work
     ends = footers([event for _, event in engine.take_events()])
@@ -308,7 +309,7 @@ def test_cancel_frees_at_once(steps: int, reason: FinishReason | None) -> None:
         assert sorted(footer.choice_index for footer in ends) == [0, 1]
         assert {footer.reason for footer in ends} == {reason}
         assert ends[-1].usage is not None
-    engine.cancel("a", reason)  # again: nothing
+    engine.cancel(request, reason)  # again: nothing
     assert engine.take_events() == []
 
 
@@ -387,7 +388,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), reason=st.sampled_from([None, FinishReason.CANCELLED]))
     def cancel(self, data: st.DataObject, reason: FinishReason | None) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        self.engine.cancel(request_id, reason)
+        self.engine.cancel(self.requests[request_id], reason)
         self.cancelled.add(request_id)
         self.collect()
 
@@ -396,8 +397,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.check()
 
     def collect(self) -> None:
-        for request_id, event in self.engine.take_events():
-            self.events[request_id].append(event)
+        for request, event in self.engine.take_events():
+            self.events[request.request_id].append(event)
 
     def teardown(self) -> None:
         while self.engine.has_work:

@@ -92,10 +92,11 @@ async def test_the_header_does_not_wait_for_the_first_step() -> None:
 async def test_cancel_takes_effect_before_the_next_step() -> None:
     runner = PausedRunner()
     async with running(runner) as thread:
-        thread.submit(make_request("gone", [1, 2], 50))
+        request = make_request("gone", [1, 2], 50)
+        thread.submit(request)
         runner.tickets.release(3)
         await until(lambda: thread.load.steps == 3)
-        thread.cancel("gone")  # the fourth step is under way, waiting for its ticket
+        thread.cancel(request)  # the fourth step is under way, waiting for its ticket
         runner.tickets.release(1)
         await until(lambda: thread.load.running == 0)
         assert thread.load.steps == 4
@@ -105,23 +106,31 @@ async def test_cancel_takes_effect_before_the_next_step() -> None:
 async def test_cancel_with_a_reason_tells_the_reader() -> None:
     runner = PausedRunner()
     async with running(runner) as thread:
-        stream = thread.submit(make_request("a", [1, 2], 50))
+        request = make_request("a", [1, 2], 50)
+        stream = thread.submit(request)
         runner.tickets.release(2)
         await until(lambda: thread.load.steps == 2)
-        thread.cancel("a", FinishReason.DEADLINE)
+        thread.cancel(request, FinishReason.DEADLINE)
         runner.tickets.release(1)
         events = await read_all(stream)
         assert isinstance(events[-1], Finished)
         assert events[-1].reason is FinishReason.DEADLINE
 
 
-async def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
-    async with running(HashRunner(64, 4)) as thread:
-        stream = thread.submit(make_request("a", [1], 5))
-        with pytest.raises(ValueError, match="in use"):
-            thread.submit(make_request("a", [1], 5))
-        await read_all(stream)
-        await read_all(thread.submit(make_request("a", [1], 5)))
+async def test_what_an_old_request_still_sends_never_reaches_a_new_one_of_its_id() -> None:
+    runner = PausedRunner()
+    async with running(runner) as thread:
+        old = make_request("same", [1, 2], 50)
+        thread.submit(old)
+        runner.tickets.release(2)
+        await until(lambda: thread.load.steps == 2)
+        thread.cancel(old)  # its third step is under way
+        stream = thread.submit(make_request("same", [3], 4))
+        runner.tickets.release(10)
+        events = await read_all(stream)
+        assert isinstance(events[0], Started)
+        assert completion(events) == reference_completion([3], 4)
+        await until(lambda: thread.load.free_blocks == 64)
 
 
 async def test_stop_ends_what_runs_with_shutdown() -> None:
@@ -162,3 +171,16 @@ def test_merging_keeps_the_order_of_each_choice() -> None:
         stream.put(event)
     merged = asyncio.run(stream.next())
     assert merged == [events[0], Delta(0, "ab", ()), Delta(1, "xy", ()), events[4]]
+
+
+def test_observers_hear_before_readers_read() -> None:
+    heard: list[Event] = []
+    stream = EventStream(heard.append)
+    stream.put(Finished(0, FinishReason.STOP))
+    assert heard == [Finished(0, FinishReason.STOP)]
+
+
+def test_a_woken_reader_may_find_nothing() -> None:
+    stream = EventStream()
+    stream.wake()
+    assert asyncio.run(stream.next()) == []
