@@ -30,6 +30,9 @@ class Tokenizer:
         self._hf = hf_tokenizer
         # the Rust tokenizer itself: unlike the wrapper it holds no state that an encode changes
         self._backend = hf_tokenizer.backend_tokenizer
+        # a checkpoint may have saved what its training loop used; here a prompt is taken whole
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.vocabulary_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self._special_ids = frozenset(
             token_id
@@ -56,6 +59,15 @@ class Tokenizer:
         if not isinstance(hf_tokenizer, PreTrainedTokenizerFast):
             raise UnsupportedTokenizer(f"{directory_or_id}: no fast tokenizer (tokenizer.json)")
         return cls(hf_tokenizer)
+
+    @property
+    def max_token_bytes(self) -> int | None:
+        """The most bytes of a text that one token can stand for; None if that is not known."""
+        if (
+            not self._is_bytewise or self._backend.normalizer is not None
+        ):  # which may shorten the text
+            return None
+        return max(map(len, self._token_bytes), default=0)
 
     @property
     def has_chat_template(self) -> bool:

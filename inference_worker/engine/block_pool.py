@@ -45,6 +45,15 @@ class BlockPool:
         sequence.block_table = [self._take(block) for block in self._cached_blocks(sequence)]
         sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
 
+    def fits(self, sequence: Sequence, num_spare: int) -> bool:
+        """Whether all tokens of a sequence without blocks could be held now, with `num_spare` blocks left over.
+
+        Asked before anything is taken, since taking a free block forgets the prefix in it.
+        """
+        num_reused = sum(self._holders[block] > 0 for block in self._cached_blocks(sequence))
+        num_blocks = -(-len(sequence.token_ids) // self.block_size)
+        return num_blocks - num_reused + num_spare <= len(self._free)
+
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the block table to hold the first `num_tokens` tokens; False, and nothing done, if blocks lack."""
         missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
@@ -107,6 +116,8 @@ class BlockPool:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         blocks: list[int] = []
+        if sequence.must_compute_prompt:
+            return blocks
         for i in range((len(sequence.token_ids) - 1) // self.block_size):
             block = self._block_of_hash.get(self._hash(sequence, i))
             if block is None:

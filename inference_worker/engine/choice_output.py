@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from inference_worker.engine.detokenizer import Detokenizer
 from inference_worker.engine.event import Delta, Token
 from inference_worker.engine.stop_strings import StopString, StopStrings
+
+# Tokens in one delta of an echoed prompt; with twenty candidates for each that is some 200 kB on the wire.
+MAX_ECHO_TOKENS = 512
 
 
 class ChoiceOutput:
@@ -33,10 +36,12 @@ class ChoiceOutput:
         """The stop sequence that came; nothing is pushed after it."""
         return self._stops.matched
 
-    def push_prompt(self, tokens: Sequence[Token]) -> Delta:
-        """The echo of the prompt, as one delta. Stop sequences are not looked for in it."""
-        text = "".join([self._detokenizer.push(token.token_id) for token in tokens])
-        return Delta(self.choice_index, text, tuple(tokens), is_prompt=True)
+    def echo(self, prompt: Sequence[Token]) -> Iterator[Delta]:
+        """The prompt, in deltas of bounded size. Stop sequences are not looked for in it."""
+        for start in range(0, len(prompt), MAX_ECHO_TOKENS):
+            tokens = tuple(prompt[start : start + MAX_ECHO_TOKENS])
+            text = "".join([self._detokenizer.push(token.token_id) for token in tokens])
+            yield Delta(self.choice_index, text, tokens, is_prompt=True)
 
     def push(self, token: Token) -> None:
         """Add a completion token."""

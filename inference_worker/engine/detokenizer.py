@@ -88,7 +88,12 @@ class WindowDetokenizer:
 
     def _advance(self, text: str) -> str:
         new = text[len(self._context_text) :]
-        self._window = self._window[self._num_context :]
+        if (
+            new
+        ):  # tokens without text say nothing about their neighbours: the context stays what it was
+            self._window = self._window[self._num_context :]
+        else:
+            self._window = self._window[: self._num_context]
         self._num_context = len(self._window)
         self._context_text = self._decode(self._window)
         return new

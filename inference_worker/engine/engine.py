@@ -24,7 +24,7 @@ from inference_worker.engine.event import (
 )
 from inference_worker.engine.live_request import LiveRequest
 from inference_worker.engine.request import Request
-from inference_worker.engine.runner import Row, RowOutput, Runner
+from inference_worker.engine.runner import DeviceLost, Row, RowOutput, Runner
 from inference_worker.engine.scheduler import Scheduler
 from inference_worker.engine.sequence import Sequence
 
@@ -121,7 +121,7 @@ class Engine:
         except Exception as error:  # in its detokenizer or stop sequences; nobody else's
             self._fail(live, error)
             return
-        cached = 0 if request.output.prompt_logprobs else self._pool.count_cached_tokens(leader)
+        cached = self._pool.count_cached_tokens(leader)
         position = len(self._scheduler.waiting)
         self._scheduler.add(leader)
         self._emit(live, Started(len(request.prompt), cached, position))
@@ -192,6 +192,8 @@ class Engine:
         """
         try:
             return self._runner.execute(rows)
+        except DeviceLost:
+            raise
         except Exception as error:
             if len(rows) == 1:
                 return [RowOutput(error=error)]
@@ -228,7 +230,8 @@ class Engine:
         if live.first_token_at is None:
             live.first_token_at = time.monotonic()
         if live.request.output.echo:
-            self._emit(live, sequence.output.push_prompt(live.prompt_tokens()))
+            for delta in sequence.output.echo(live.prompt_tokens()):
+                self._emit(live, delta)
         if sequence.choice_index == 0 and live.request.n > 1:
             siblings = [self._new_sequence(live, i) for i in range(1, live.request.n)]
             self._scheduler.add_siblings(siblings)

@@ -50,7 +50,11 @@ class RowOutput:
 
 
 class OutOfMemory(Exception):
-    """The device could not allocate what a step needs; the engine retries it with less work."""
+    """The device could not allocate what a step needs; the engine runs its rows in smaller steps."""
+
+
+class DeviceLost(Exception):
+    """The device runs nothing any more; no request can be served."""
 
 
 class Runner(Protocol):
@@ -65,7 +69,7 @@ class Runner(Protocol):
         Rows of one token whose start is above 0 (decode) stand before all others (prefill chunks). The engine advances
         `num_computed_tokens` after the step, not the runner.
 
-        Raises: OutOfMemory, with nothing lost; anything else fails all rows of this step.
+        Raises: OutOfMemory, with nothing lost; DeviceLost; anything else says that one of the rows cannot be run.
         """
         ...
 

@@ -85,15 +85,13 @@ class Scheduler:
         """Take sequences from the queue while slots, blocks and budget last. Nobody overtakes the first."""
         while self.waiting and budget and len(self.running) < self._max_running:
             sequence = self.waiting[0]
-            if not sequence.request.output.prompt_logprobs:  # those need every position computed
-                self._pool.attach_prefix(sequence)
             # blocks for all its tokens at once, so that a prompt that is begun can be completed, and a block to
             # spare for each running sequence, so that the newcomer is not preempted by their very next tokens
-            is_reserved = self._pool.reserve(sequence, len(sequence.token_ids))
-            if not is_reserved or self._pool.num_free < len(self.running):
-                self._pool.release(sequence)
+            if not self._pool.fits(sequence, num_spare=len(self.running)):
                 break
             self.waiting.popleft()
+            self._pool.attach_prefix(sequence)
+            self._pool.reserve(sequence, len(sequence.token_ids))
             self.running.append(sequence)
             sequence.state = State.RUNNING
             rows[sequence] = min(sequence.num_uncomputed_tokens, budget)

@@ -39,6 +39,11 @@ class Sequence:
     )  # of the full blocks of token_ids, as far as known
 
     @property
+    def must_compute_prompt(self) -> bool:
+        """Whether every position of the prompt has to give logits: the leader of a request that wants them scored."""
+        return self.request.output.prompt_logprobs and self.choice_index == 0
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt)
 

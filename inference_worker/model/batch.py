@@ -202,4 +202,6 @@ def _block_table(spans: Sequence[Span], max_length: int, block_size: int) -> Int
     for row, span in zip(table, spans, strict=True):
         num_blocks = -(-span.stop // block_size)
         row[:num_blocks] = span.block_table[:num_blocks]
+        # padded with a block of its own: it is masked, but a masked NaN of somebody else's would still be NaN
+        row[num_blocks:] = span.block_table[0]
     return table

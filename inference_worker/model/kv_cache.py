@@ -96,14 +96,14 @@ def count_blocks(
 ) -> int:
     """How many blocks fit into `num_bytes`, and at most what `most_tokens` tokens could ever use.
 
-    Raises: LoadError if not even one block fits.
+    Raises: LoadError if not even two blocks fit.
     """
     num_blocks = num_bytes // (block_size * token_bytes)
     if most_tokens is not None:
         num_blocks = min(num_blocks, -(-most_tokens // block_size))
-    if num_blocks < 1:
+    if num_blocks < 2:
         raise LoadError(
-            f"no memory for the KV cache: a block of {block_size} tokens takes "
+            f"no memory for a KV cache of two blocks: a block of {block_size} tokens takes "
             f"{block_size * token_bytes / _KIB:.0f} KiB, {max(0, num_bytes) / _KIB:.0f} KiB are left for it"
         )
     return num_blocks

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 import torch
 
 from inference_worker.engine.event import Token
-from inference_worker.engine.runner import OutOfMemory, Row, RowOutput
+from inference_worker.engine.runner import DeviceLost, OutOfMemory, Row, RowOutput
 from inference_worker.model.batch import Batch, Span, pack
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
@@ -41,6 +41,10 @@ class ModelRunner:
         """See Runner."""
         try:
             return self._execute(rows)
+        except (
+            torch.AcceleratorError
+        ) as error:  # such as a CUDA error, after which every call fails
+            raise DeviceLost(str(error)) from error
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(str(error)) from error

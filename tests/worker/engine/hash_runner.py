@@ -1,7 +1,8 @@
 """A runner whose "KV cache" is real paged memory, and whose next token is a hash of what it reads back from it.
 
-Any mistake in paging, sharing, preemption or prefix caching changes the hash, so that comparing with
-`reference_completion`, which knows no paging, finds it.
+What it keeps of a position depends on all positions before it, as real keys and values do. So a mistake in paging,
+sharing, preemption or prefix caching changes the next token, and comparing with `reference_completion`, which knows no
+paging, finds it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from inference_worker.engine.runner import Row, RowOutput
 VOCABULARY = 97
 
 
-def next_token(token_ids: Sequence[int], seed: int, choice_index: int) -> int:
-    state = (seed * 31 + choice_index * 7 + 1) % 1_000_003
-    for position, token_id in enumerate(token_ids):
-        state = (state * 1_003 + token_id * 17 + position + 1) % 1_000_003
-    return state % VOCABULARY
+def key_value(previous: int, token_id: int, position: int) -> int:
+    """What is kept of a position: like a real key and value, it depends on everything before it."""
+    return (previous * 1_003 + token_id * 17 + position + 1) % 1_000_003
+
+
+def next_token(last: int, seed: int, choice_index: int) -> int:
+    return (last * 31 + seed * 7 + choice_index * 3) % 1_000_003 % VOCABULARY
 
 
 def reference_completion(
     prompt: Sequence[int], num_tokens: int, seed: int = 0, choice_index: int = 0
 ) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        tokens.append(next_token(tokens, seed, choice_index))
-    return tokens[len(prompt) :]
+    state = 0
+    for position, token_id in enumerate(prompt):
+        state = key_value(state, token_id, position)
+    completion: list[int] = []
+    for position in range(len(prompt), len(prompt) + num_tokens):
+        completion.append(next_token(state, seed, choice_index))
+        state = key_value(state, completion[-1], position)
+    return completion
 
 
 class HashRunner:
@@ -57,16 +64,21 @@ class HashRunner:
 
     def _execute_row(self, row: Row) -> RowOutput:
         sequence = row.sequence
+        state = 0 if row.start == 0 else self._read(row, row.start - 1)
         for position in range(row.start, row.stop):
-            self.memory[self._slot(row, position)] = sequence.token_ids[position]
+            state = key_value(state, sequence.token_ids[position], position)
+            self.memory[self._slot(row, position)] = state
         self.num_computed += row.num_tokens
         if not row.is_whole:
             return RowOutput()
-        context = [self.memory[self._slot(row, position)] for position in range(row.stop)]
-        tokens = [token_id for token_id in context if token_id is not None]
-        assert len(tokens) == row.stop, "read a slot that was never written"
+        last = self._read(row, row.stop - 1)
         seed = sequence.request.sampling.seed
-        return RowOutput(Token(next_token(tokens, seed, sequence.choice_index)))
+        return RowOutput(Token(next_token(last, seed, sequence.choice_index)))
+
+    def _read(self, row: Row, position: int) -> int:
+        value = self.memory[self._slot(row, position)]
+        assert value is not None, "read a slot that was never written"
+        return value
 
     def _slot(self, row: Row, position: int) -> int:
         block = row.sequence.block_table[position // self.block_size]

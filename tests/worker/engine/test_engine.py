@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from inference_worker.engine.choice_output import MAX_ECHO_TOKENS
 from inference_worker.engine.detokenizer import ByteDetokenizer
 from inference_worker.engine.engine import Engine, EngineOptions
 from inference_worker.engine.event import (
@@ -22,7 +23,7 @@ from inference_worker.engine.event import (
     Started,
 )
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
-from inference_worker.engine.runner import OutOfMemory, Row
+from inference_worker.engine.runner import DeviceLost, OutOfMemory, Row
 from tests.worker.engine.hash_runner import VOCABULARY, HashRunner, reference_completion
 
 TOKEN_BYTES = [f"<{token_id}>".encode() for token_id in range(VOCABULARY)]
@@ -169,6 +170,48 @@ def test_a_fully_cached_prompt_still_computes_a_token() -> None:
     assert events[0].cached_tokens == 4
 
 
+def test_equal_blocks_after_different_beginnings_are_not_shared() -> None:
+    engine = make_engine(HashRunner(64, 4))
+    for request_id, beginning in (("a", 1), ("b", 2)):
+        prompt = [beginning] * 4 + [7] * 8
+        engine.add(make_request(request_id, prompt, 6))
+        events = run(engine)[request_id]
+        assert completion(events) == reference_completion(prompt, 6)
+        assert isinstance(events[0], Started)
+        assert events[0].cached_tokens == 0
+
+
+def test_waiting_for_memory_forgets_no_prefix() -> None:
+    engine = make_engine(HashRunner(16, 4))
+    engine.add(make_request("known", list(range(24)), 1))
+    run(engine)
+    engine.add(make_request("running", [90] * 20, 12))
+    engine.step()
+    engine.add(make_request("waiting", [91] * 44, 1))
+    for _ in range(5):
+        engine.step()
+        assert (engine.load().running, engine.load().waiting) == (1, 1)
+    engine.take_events()
+    engine.add(make_request("again", list(range(24)), 1))
+    ((_, started),) = engine.take_events()
+    assert isinstance(started, Started)
+    assert started.cached_tokens == 20
+
+
+def test_choices_with_a_scored_prompt_share_it_too() -> None:
+    runner = HashRunner(64, 4)
+    engine = make_engine(runner)
+    scored = OutputParams(logprobs=0, echo=True, prompt_logprobs=True)
+    prompt = list(range(13))
+    engine.add(make_request("a", prompt, 1, n=3, output=scored))
+    events = run(engine)["a"]
+    assert runner.num_computed == 13 + 2 * 1
+    for choice_index in range(3):
+        assert completion(events, choice_index) == reference_completion(
+            prompt, 1, choice_index=choice_index
+        )
+
+
 def test_without_prefix_cache_requests_share_nothing_but_choices_do() -> None:
     runner = HashRunner(64, 4)
     engine = make_engine(runner, prefix_cache=False)
@@ -254,6 +297,15 @@ def test_echo_comes_first_for_every_choice() -> None:
         assert completion(events, choice_index) == reference_completion(
             [1, 2, 3], 2, choice_index=choice_index
         )
+
+
+def test_a_long_echo_comes_in_pieces() -> None:
+    engine = make_engine(HashRunner(1024, 4), max_batch_tokens=4096, context_length=4096)
+    prompt = [i % VOCABULARY for i in range(2 * MAX_ECHO_TOKENS + 1)]
+    engine.add(make_request("a", prompt, 1, output=OutputParams(echo=True)))
+    echoed = [event for event in run(engine)["a"] if isinstance(event, Delta) and event.is_prompt]
+    assert [len(delta.tokens) for delta in echoed] == [MAX_ECHO_TOKENS, MAX_ECHO_TOKENS, 1]
+    assert "".join(delta.text for delta in echoed) == "".join(f"<{i}>" for i in prompt)
 
 
 def test_echo_alone_generates_nothing() -> None:
@@ -342,6 +394,39 @@ def test_a_failing_choice_fails_its_siblings_with_it() -> None:
     assert_idle(engine)
 
 
+class BrokenDetokenizer(ByteDetokenizer):
+    def flush(self) -> str:
+        raise ValueError("cannot be flushed")
+
+
+def new_broken_detokenizer(*, at_start: bool = False) -> BrokenDetokenizer:
+    return BrokenDetokenizer(TOKEN_BYTES)
+
+
+def test_a_request_that_cannot_be_ended_properly_fails_alone() -> None:
+    engine = make_engine(HashRunner(64, 4))
+    engine._new_detokenizer = new_broken_detokenizer
+    bad = make_request("bad", [1, 2], 10)
+    engine.add(bad)
+    engine._new_detokenizer = new_detokenizer
+    engine.add(make_request("good", [1, 2], 10))
+    engine.step()
+    engine.cancel(bad, FinishReason.CANCELLED)
+    events = [(request.request_id, event) for request, event in engine.take_events()]
+    assert isinstance(dict(events)["bad"], Failed)
+    assert completion(run(engine)["good"]) == reference_completion([1, 2], 10)[1:]
+
+
+def test_a_lost_device_is_not_blamed_on_requests() -> None:
+    def lose(_: Row) -> None:
+        raise DeviceLost
+
+    engine = make_engine(HashRunner(64, 4, before_row=lose))
+    engine.add(make_request("a", [1, 2], 10))
+    with pytest.raises(DeviceLost):
+        engine.step()
+
+
 def test_out_of_memory_is_retried_with_smaller_batches() -> None:
     class Small(HashRunner):
         def execute(self, rows: Sequence[Row]) -> list:  # type: ignore[type-arg]
@@ -362,7 +447,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = make_engine(HashRunner(12, 4), max_running=3, max_batch_tokens=7)
+        runner = HashRunner(12, 4, before_row=self.fail_if_bad)
+        self.engine = make_engine(runner, max_running=3, max_batch_tokens=7)
+        self.bad: set[str] = set()
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[Event]] = defaultdict(list)
         self.cancelled: set[str] = set()
@@ -392,6 +479,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.cancelled.add(request_id)
         self.collect()
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        self.bad.add(data.draw(st.sampled_from(sorted(self.requests))))
+
+    def fail_if_bad(self, row: Row) -> None:
+        if row.sequence.request.request_id in self.bad:
+            raise ArithmeticError("boom")
+
     @invariant()
     def no_block_is_lost(self) -> None:
         self.engine.check()
@@ -407,7 +503,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.collect()
         assert_idle(self.engine)
         for request_id, request in self.requests.items():
-            self.check_output(request, self.events[request_id], request_id in self.cancelled)
+            may_be_cut = request_id in self.cancelled | self.bad
+            self.check_output(request, self.events[request_id], may_be_cut)
 
     @staticmethod
     def check_output(request: Request, events: list[Event], may_be_cut: bool) -> None:

@@ -77,6 +77,7 @@ def test_the_first_space_of_a_text_is_stripped_once() -> None:
 
 
 @given(st.lists(st.integers(0, 5), max_size=20))
+@example([0, *[3] * 12, 1])
 def test_window_detokenizer_follows_a_decoder_that_needs_neighbours(ids: list[int]) -> None:
     words = ["one", "two", "##s", "", "drei", "##er"]
 
