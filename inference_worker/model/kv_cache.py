@@ -85,6 +85,10 @@ class KVCache:
         )
 
 
+# The check at the start runs two sequences.
+_LEAST_BLOCKS = 2
+
+
 def bytes_per_token(layers: Mapping[int, LayerShape], dtype: torch.dtype) -> int:
     """Bytes that the layers keep of one token."""
     elements = sum(x.num_kv_heads * (x.key_dim + x.value_dim) for x in layers.values())
@@ -100,10 +104,10 @@ def count_blocks(
     """
     num_blocks = num_bytes // (block_size * token_bytes)
     if most_tokens is not None:
-        num_blocks = min(num_blocks, -(-most_tokens // block_size))
-    if num_blocks < 2:
+        num_blocks = min(num_blocks, max(_LEAST_BLOCKS, -(-most_tokens // block_size)))
+    if num_blocks < _LEAST_BLOCKS:
         raise LoadError(
-            f"no memory for a KV cache of two blocks: a block of {block_size} tokens takes "
+            f"no memory for the KV cache of two blocks at least: a block of {block_size} tokens takes "
             f"{block_size * token_bytes / _KIB:.0f} KiB, {max(0, num_bytes) / _KIB:.0f} KiB are left for it"
         )
     return num_blocks

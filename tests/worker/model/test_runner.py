@@ -235,6 +235,25 @@ def test_nan_in_the_cache_does_not_outlive_its_sequence() -> None:
     assert all(bool(table.isfinite().all()) for table in tables)
 
 
+def test_nan_of_a_running_sequence_does_not_reach_its_neighbours() -> None:
+    """The block that shorter rows would be padded with belongs to a sequence that explodes in the same step."""
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[66] = math.nan  # type: ignore[operator]
+    runner = new_runner(build("llama"))
+    runner._forward = new_runner(model)._forward
+    driver = Driver(runner)
+    driver.free = list(range(runner.num_blocks))[::-1]
+    sick, long, short = new_sequence([1, 2]), new_sequence([5] * 34), new_sequence([7, 8, 9])
+    driver.step([sick, long, short])
+    assert 0 in sick.block_table
+    sick.token_ids[-1] = 66
+    outputs = dict(driver.step([sick, long, short]))
+    assert isinstance(outputs[sick].error, BadLogits)
+    assert outputs[long].error is None
+    assert outputs[short].error is None
+
+
 def test_logits_are_made_for_no_more_than_the_rows(runner: ModelRunner) -> None:
     forward = spoilable(runner)
     Driver(runner).step([new_sequence(prompt_of(30)), new_sequence(prompt_of(9))])
