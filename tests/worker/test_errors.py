@@ -19,6 +19,7 @@ def all_errors() -> list[errors.SluiceError]:
         errors.QueueFull(128, 2.5),
         errors.TokenBudgetFull(1, 2, 3, 1.0),
         errors.Draining(),
+        errors.SlowReader(60),
         errors.InternalError("r1"),
     ]
 
