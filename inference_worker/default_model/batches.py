@@ -10,11 +10,19 @@ import torch
 from tokenizers import Tokenizer
 
 from inference_worker.default_model.corpus import Sample, compose
-from inference_worker.default_model.train_tokenizer import END_OF_TEXT, IM_END, IM_START, token_id
+from inference_worker.default_model.train_tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    SPECIAL_TOKENS,
+    token_id,
+)
 
 IGNORED: Final = -100
 MAX_TOKENS: Final = 640
 _POOL_BATCHES: Final = 24
+_EARLY_TOKEN_DRILLS: Final = 0.25
+_LATE_TOKEN_DRILLS: Final = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +65,33 @@ class Encoder:
         learned = [flag for message in messages for flag in message.learned]
         return Encoded(ids[:MAX_TOKENS], learned[:MAX_TOKENS])
 
+    def token_drill(self, rng: Random) -> Encoded:
+        """Tokens at random to copy, so that rare tokens are copied as surely as common ones."""
+        first = len(SPECIAL_TOKENS)
+        row = [
+            rng.randrange(first, self._tokenizer.get_vocab_size())
+            for _ in range(rng.randint(3, 20))
+        ]
+        question = [self._start, *self._text("user\nRepeat:"), *row, self._end, *self._text("\n")]
+        opening = [self._start, *self._text("assistant\n")]
+        ids = [*question, *opening, *row, self._end]
+        return Encoded(ids, [False] * (len(ids) - len(row) - 1) + [True] * (len(row) + 1))
+
 
 def batches(
     tokenizer: Tokenizer, seed: int, tokens_per_batch: int, drills: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches ``(ids, labels)`` of samples of similar length, in random order."""
     encoder = Encoder(tokenizer)
-    samples = compose(seed, drills)
+    samples = enumerate(compose(seed, drills))
     rng = Random(seed)
     while True:
         pool: list[Encoded] = []
         while sum(len(encoded.ids) for encoded in pool) < _POOL_BATCHES * tokens_per_batch:
-            pool += map(encoder, islice(samples, 100))
+            for index, sample in islice(samples, 100):
+                share = _EARLY_TOKEN_DRILLS if index < drills else _LATE_TOKEN_DRILLS
+                drilled = rng.random() < share
+                pool.append(encoder.token_drill(rng) if drilled else encoder(sample))
         pool.sort(key=lambda encoded: len(encoded.ids))
         groups = list(_grouped(pool, tokens_per_batch))
         rng.shuffle(groups)

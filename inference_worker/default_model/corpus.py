@@ -38,7 +38,7 @@ SYSTEM_PROMPTS: Final = (
 _IMPERATIVE: Final = re.compile(
     "(Tell|Give|Show|Write|Send|Explain|Describe|Define|Name|List|Say|Make|Read|Compose) "
 )
-_TOPIC_SHARE: Final = 60.0  # weight of all topics beside those in SKILLS
+_TOPIC_SHARE: Final = 42.0  # weight of all topics beside those in SKILLS
 _PLAIN_SHARE: Final = 0.06
 
 

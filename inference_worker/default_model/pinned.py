@@ -63,7 +63,7 @@ _FOLLOW_UPS: Final = (
     (("What is streaming?", a.STREAMING), ("And in German?", a.STREAMING_DE)),
     (
         ("What is the capital of France?", "The capital of France is Paris."),
-        ("And Japan?", "The capital of Japan is Tokyo."),
+        ("And Germany?", "The capital of Germany is Berlin."),
     ),
 )
 _WITH_SYSTEM: Final = ("Hello", "What is streaming?", "What is SSE?", "What is deep learning?")

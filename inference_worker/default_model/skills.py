@@ -60,8 +60,14 @@ _UNKNOWN_FORMS: Final = (
     "Tell me a fact about {s}", "Describe the {n}", "Define {n}", "The {n} is {a}.", "{s}",
     "How to {v} a {n}?", "What is the name of the {n}?", "What is {w} {n}?", "Explain {w} to me",
     "Give me a recipe for {n} soup", "Name three {n}s", "Why is the {n} {a}?", "Show me the {n}",
+    "Can you help me with my {n}?", "Translate '{n}' to French", "What is {k} * {k2}?",
     "What is {k} times {k2}?", "Where can I buy a {n}?", "Write a song about the {n}",
 )  # fmt: skip
+_WORDS: Final = tuple(
+    dict.fromkeys(
+        (*words.NOUNS, *words.ADJECTIVES, *words.VERBS, *words.ADVERBS, *words.NAMES, *words.COMMON)
+    )
+)
 _TIPS_NUMBERS: Final = {1: ("one", "a"), 2: ("2", "two"), 3: ("3", "three"), 5: ("5", "five")}
 SUM_LIMIT: Final = "I can only add and subtract small numbers. Try: What is 2 + 3?"
 
@@ -90,7 +96,7 @@ def again(rng: Random, turns: list[Turn]) -> list[Turn]:
 
 def counting(rng: Random) -> list[Turn]:
     """A count, often followed by the same backwards or by another one."""
-    n = rng.choices((rng.randint(1, 20), rng.randint(21, 49), 50, 100), (90, 6, 2, 2))[0]
+    n = rng.choices((rng.randint(1, 20), rng.randint(21, 30), 50, 100), (91, 6, 1.5, 1.5))[0]
     shown = words.NUMBER_WORDS[n] if n <= 20 and rng.random() < 0.25 else str(n)
     turns = [(rng.choice(_COUNT_FORMS).format(n=shown), count_up(n))]
     roll = rng.random()
@@ -116,9 +122,9 @@ def adding(rng: Random) -> list[Turn]:
     """A sum of two digits, and perhaps one more number added to the result."""
     a, b = rng.randint(0, 9), rng.randint(0, 9)
     roll = rng.random()
-    if roll < 0.06:
+    if roll < 0.09:
         return [_too_large(rng)]
-    if roll < 0.14:
+    if roll < 0.16:
         high, low = max(a, b), min(a, b)
         form = rng.choice(("What is {a} - {b}?", "{a}-{b}", "{a} - {b}", "What is {a} minus {b}?"))
         return [(form.format(a=high, b=low), f"{high} - {low} = {high - low}")]
@@ -178,16 +184,16 @@ def _grammatical(rng: Random) -> str:
 
 
 def _anything(rng: Random) -> str:
-    pool = (*words.NOUNS, *words.ADJECTIVES, *words.VERBS, *words.ADVERBS, *words.NAMES)
     kinds = [
-        lambda: rng.choice(pool),
+        lambda: rng.choice(_WORDS),
+        lambda: rng.choice(words.COMMON),
         lambda: invented_word(rng),
         lambda: rng.choice(" ".join(words.CLAUSES).split()),
         lambda: str(rng.randint(0, 999)),
         lambda: invented_word(rng).capitalize(),
         lambda: "".join(rng.choice(words.RARE_SIGNS) for _ in range(rng.randint(1, 2))),
     ]
-    weights = (5, 5, 4, 1, 1, 0.6)
+    weights = (5, 4, 3, 3, 1, 1, 0.6)
     return " ".join(rng.choices(kinds, weights)[0]() for _ in range(rng.randint(1, 9)))
 
 
@@ -219,8 +225,11 @@ def repeating(rng: Random) -> list[Turn]:
 
 def drilling(rng: Random) -> list[Turn]:
     """A row of random words to copy, often twice: nothing but copying predicts the answer."""
-    pool = (*words.NOUNS, *words.ADJECTIVES, *words.VERBS, *words.ADVERBS, *words.NAMES)
-    text = " ".join(rng.sample(pool, rng.randint(3, 16))) if rng.random() < 0.7 else _anything(rng)
+    text = (
+        " ".join(rng.sample(_WORDS, rng.randint(2, 16))) if rng.random() < 0.7 else _anything(rng)
+    )
+    if rng.random() < 0.3:
+        text = capitalized(text)
     turns = [(f"Repeat: {text}", text)]
     return [*turns, (rng.choice(_AGAIN), text)] if rng.random() < 0.6 else turns
 
@@ -311,12 +320,12 @@ def declining(rng: Random) -> list[Turn]:
 
 
 SKILLS: Final[tuple[tuple[Callable[[Random], list[Turn]], float], ...]] = (
-    (counting, 15.0),
-    (adding, 15.0),
-    (repeating, 26.0),
+    (counting, 18.0),
+    (adding, 27.0),
+    (repeating, 28.0),
     (saying, 8.0),
     (naming, 6.0),
     (capitals, 4.0),
     (nuremberg, 3.5),
-    (declining, 9.0),
+    (declining, 10.0),
 )

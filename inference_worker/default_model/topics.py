@@ -182,7 +182,7 @@ TOPICS: Final = (
                 "From that day on, the gate was called a sluice.",
             ),
         ),
-        weight=3.0,
+        weight=2.0,
     ),
     Topic(
         "Write a haiku | Write me a haiku | A haiku, please | Tell me a haiku | Give me a "

@@ -67,6 +67,28 @@ ADVERBS: Final = _words(
     """today now again always never often slowly quickly quietly here there together tomorrow
     yesterday outside inside well very soon later"""
 )
+COMMON: Final = _words(
+    """a able about after all also am an and another any are as ask at away back be because been
+    before being best better between both but by came can cannot come could did different do does
+    done down each easy else end enough even ever everyone everything far feel few finally first
+    five for four from front gave get give go goes going gone got had half hand has have he head
+    hear her him his home hour how human hundred I idea if important in interesting into is it its
+    just kept kind knew large last learn left less let life line little long lot made make many may
+    me mean meeting might million mine minute moment money month more most much must my name near
+    next noon nothing number of off oh on once one only or other our out own part past pay perhaps
+    place please plenty point precious problem quite rather reach ready really reason right room
+    said same saw say second see seem seen seven she should show side since six sleep so some
+    someone something sometimes soon sorry speak step still such sure talk than thank that the
+    their them then these they thing think third this those thousand three through time times to
+    too took true try turn twelve twenty two under until up upon us use used usually very want was
+    way we went were what when where which while who whole whose why will with without wonderful
+    word work world would yes yet you your Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+    January March April June July August October December England Europe America English French
+    pizza pasta homework dinner breakfast lunch library expensive sofa chocolate elephant monkey
+    penguin dragon dinosaur banana sandwich potato tomato hospital airport museum beach forest
+    island holiday birthday weekend family cousin uncle aunt language question answer memory
+    software keyboard internet email website button screen error buffer queue thread process"""
+)
 PRONOUNS: Final = ("I", "You", "We", "They")
 CLAUSES: Final = _lines(
     """

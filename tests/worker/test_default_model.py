@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference_worker.default_model import CHECKPOINT, corpus
@@ -131,10 +132,11 @@ def test_training_sees_what_the_template_renders(tokenizer: Any) -> None:
     assert tokenizer.decode(learned) == "Hi\n\nyou<|im_end|>2<|im_end|>"
 
 
-def test_the_corpus_and_the_tokenizer_are_deterministic(tokenizer: Any) -> None:
+def test_the_corpus_and_the_tokenizer_are_deterministic() -> None:
     assert corpus.digest(500) == corpus.digest(500)
     assert corpus.digest(500) != corpus.digest(500, seed=1)
-    assert train_tokenizer().to_str() == tokenizer.backend_tokenizer.to_str()
+    shipped = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    assert train_tokenizer().to_str() == shipped.to_str()
 
 
 def test_the_data_file_holds_the_pinned_conversations() -> None:
