@@ -126,6 +126,11 @@ class Ticket:
             self._sequences -= 1
             self._admission.sequences -= 1
 
+    def finish_sequences(self) -> None:
+        """All of the request's sequences have ended, though its reader may still be here."""
+        self._admission.sequences -= self._sequences
+        self._sequences = 0
+
     def release(self) -> None:
         """The request is gone. Calling it again does nothing."""
         if self._is_released:
@@ -133,9 +138,8 @@ class Ticket:
         self._is_released = True
         self._admission._note_request_left()
         self.leave_queue()
-        self._admission.sequences -= self._sequences
+        self.finish_sequences()
         self._admission.requests -= 1
-        self._sequences = 0
 
 
 class _DrainRate:

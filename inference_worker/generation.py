@@ -18,7 +18,7 @@ from inference_worker.engine.event import (
     Scheduled,
     Started,
 )
-from inference_worker.engine.event_stream import EventStream
+from inference_worker.engine.event_stream import EventStream, is_last
 from inference_worker.engine.request import Request
 from inference_worker.errors import InternalError
 from inference_worker.generate_request import Limits, Reading
@@ -57,8 +57,9 @@ class Generation:
         self._tokenizing: asyncio.Future[list[int]] | None = None
         self._request: Request | None = None  # set once the engine has it
         self._end_reason: FinishReason | None = None
+        self._queue_position = 0
         self._is_started = False
-        self._is_over = False
+        self._is_over = False  # for the engine; its reader may still have to read
 
     def end(self, reason: FinishReason) -> bool:
         """End it now, wherever it is; its reader gets a `finished` with the reason for each choice.
@@ -87,9 +88,10 @@ class Generation:
                     yield message
                 return
             stream = self._submit(prompt)
-            while not self._is_over:
+            is_read = False
+            while not is_read:
                 events = await self._next(stream)
-                self._account(events)
+                is_read = bool(events) and is_last(events[-1])
                 for message in self._write(events):
                     yield message
         finally:
@@ -113,7 +115,7 @@ class Generation:
     def _submit(self, prompt: list[int]) -> EventStream:
         request = self._reading.to_engine(prompt, self._backend.limits, self._admitted_at)
         self._ticket.set_prompt_tokens(len(prompt))
-        stream = self._backend.engine.submit(request)
+        stream = self._backend.engine.submit(request, self._account)
         self._backend.registry.join_queue(request.request_id)
         self._request = request
         return stream
@@ -128,23 +130,28 @@ class Generation:
         except TimeoutError:
             return ()
 
-    def _account(self, events: Sequence[Event]) -> None:
-        """Bring the books up to date before anything is written, as writing may wait for the reader."""
-        for event in events:
-            self._record.note(event)
-            match event:
-                case Started():
-                    self._is_started = True
-                case Scheduled():
-                    self._ticket.leave_queue()
-                    self._backend.registry.leave_queue(self._reading.request_id)
-                case Finished():
-                    self._ticket.finish_sequence()
-                    self._is_over = event.usage is not None
-                case Failed():
-                    self._is_over = True
-                case _:
-                    pass
+    def _account(self, event: Event) -> None:
+        """Bring the books up to date as the engine goes, however late the reader hears of it."""
+        self._record.note(event)
+        request_id = self._reading.request_id
+        match event:
+            case Started():
+                self._is_started = True
+                self._queue_position = self._backend.registry.queue_position(request_id)
+            case Scheduled():
+                self._leave_queue()
+            case Finished():
+                self._ticket.finish_sequence()
+            case _:
+                pass
+        if is_last(event):
+            self._is_over = True
+            self._leave_queue()  # also if it never ran
+            self._ticket.finish_sequences()
+
+    def _leave_queue(self) -> None:
+        self._ticket.leave_queue()
+        self._backend.registry.leave_queue(self._reading.request_id)
 
     def _write(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
         if not events:
@@ -152,8 +159,9 @@ class Generation:
         for event in events:
             match event:
                 case Started():
-                    position = self._backend.registry.queue_position(self._reading.request_id)
-                    yield self._writer.started(self._request, event.cached_tokens, position)
+                    yield self._writer.started(
+                        self._request, event.cached_tokens, self._queue_position
+                    )
                 case Delta():
                     if (message := self._writer.delta(event)) is not None:
                         yield message

@@ -250,6 +250,25 @@ async def test_a_reader_that_does_not_read_gives_its_place_up() -> None:
     assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.ABORTED, "SLOW_READER")
 
 
+async def test_a_stalled_reader_holds_no_slot_once_the_engine_is_done() -> None:
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
+    settings = {"max_running": 1, "max_waiting": 0, "context_length": 8192, "blocks": 1024}
+    async with (
+        serve_script(**settings) as worker,
+        grpc.aio.insecure_channel(worker.address, options=narrow) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        output = pb.Output(token_ids=True, logprobs=5)
+        request = generate_request(max_tokens=8000, output=output, request_id="stalled")
+        stalled = stub.Generate(request)
+        await stalled.read()
+        await worker.wait_for(30, running=0, free_blocks=1024, requests=1)
+        assert reasons(await worker.generate()) == ["LENGTH"]  # the only slot is free
+        response = await worker.stub.Abort(pb.AbortRequest(request_id="stalled"))
+        assert response.outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED
+        assert reasons(await read_rest(stalled)) == ["LENGTH"]
+
+
 async def refusal_of_rest(call: Call) -> Refusal:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await read_rest(call)
