@@ -31,17 +31,16 @@ class Stop(Exception):
 
 
 def main() -> int:
-    environment, edge_url, worker_address = configure(os.environ)
-    for variable in ("SLUICE_EDGE_PORT", "SLUICE_WORKER_PORT"):
-        port = environment[variable]
-        if not (port.isdecimal() and 0 < int(port) < 65536):
-            print(f"{variable} is {port!r}; it must be a port, 1 to 65535.", file=sys.stderr)
-            return 2
-        if not is_free(int(port)):
-            print(f"Port {port} is taken; set {variable} to another.", file=sys.stderr)
-            return 1
-    signal.signal(signal.SIGTERM, raise_stop)
-    signal.signal(signal.SIGINT, raise_stop)
+    environment = complete(os.environ)
+    if (problem := find_problem(environment)) is not None:
+        code, line = problem
+        print(line, file=sys.stderr)
+        return code
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, raise_stop)
+    edge_url = (
+        f"http://{reachable(environment['SLUICE_EDGE_HOST'])}:{environment['SLUICE_EDGE_PORT']}"
+    )
     processes: dict[str, Process] = {}
     with terminal_to_ourselves():
         try:
@@ -50,7 +49,7 @@ def main() -> int:
             processes["edge"] = start("edge", environment)
             if not wait_until_ready(edge_url, processes):
                 return 1
-            print_invitation(edge_url, worker_address)
+            print_invitation(edge_url, environment["SLUICE_EDGE_WORKER"])
             return wait_for_end(processes)
         except Stop:
             print("\nStopping (Ctrl-C again: at once) ...", flush=True)
@@ -59,20 +58,37 @@ def main() -> int:
             stop(processes)
 
 
-def configure(environment: Mapping[str, str]) -> tuple[dict[str, str], str, str]:
-    """The children's environment, the edge's URL and the worker's gRPC address."""
-    worker_port = environment.get("SLUICE_WORKER_PORT", "50051")
-    edge_port = environment.get("SLUICE_EDGE_PORT", "8000")
-    worker_address = f"localhost:{worker_port}"
-    defaults = {
-        "SLUICE_WORKER_PORT": worker_port,
-        "SLUICE_EDGE_PORT": edge_port,
-        "SLUICE_WORKER_HOST": "127.0.0.1",
-        "SLUICE_EDGE_HOST": "127.0.0.1",
-        "SLUICE_EDGE_WORKER": f"127.0.0.1:{worker_port}",
-        "PYTHONUNBUFFERED": "1",
-    }
-    return {**defaults, **environment}, f"http://localhost:{edge_port}", worker_address
+def complete(environment: Mapping[str, str]) -> dict[str, str]:
+    """The children's environment: as it is, with what makes them find each other. An empty variable is an unset one."""
+    complete = {name: value for name, value in environment.items() if value}
+    complete.setdefault("PYTHONUNBUFFERED", "1")
+    for process, port in (("WORKER", "50051"), ("EDGE", "8000")):
+        complete.setdefault(f"SLUICE_{process}_HOST", "127.0.0.1")
+        complete.setdefault(f"SLUICE_{process}_PORT", port)
+    if (path := complete.get("SLUICE_WORKER_UNIX_SOCKET")) is not None:
+        worker = f"unix:{path}"
+    else:
+        worker = f"{reachable(complete['SLUICE_WORKER_HOST'])}:{complete['SLUICE_WORKER_PORT']}"
+    complete.setdefault("SLUICE_EDGE_WORKER", worker)
+    return complete
+
+
+def reachable(host: str) -> str:
+    """How to reach from here what listens on `host`."""
+    return "localhost" if host in {"0.0.0.0", "::", "127.0.0.1"} else host  # noqa: S104
+
+
+def find_problem(environment: Mapping[str, str]) -> tuple[int, str] | None:
+    """Exit code and one line, if the ports cannot work."""
+    ports = {name: environment[name] for name in ("SLUICE_EDGE_PORT", "SLUICE_WORKER_PORT")}
+    for name, port in ports.items():
+        if not (port.isdecimal() and 0 < int(port) < 65536):
+            return 2, f"{name} is {port!r}; it must be a port, 1 to 65535."
+        if not is_free(int(port)):
+            return 1, f"Port {port} is taken; set {name} to another."
+    if len(set(ports.values())) == 1:
+        return 2, f"SLUICE_EDGE_PORT and SLUICE_WORKER_PORT are both {ports['SLUICE_EDGE_PORT']}."
+    return None
 
 
 def is_free(port: int) -> bool:
@@ -96,7 +112,7 @@ def terminal_to_ourselves() -> Iterator[None]:
 
     Otherwise the terminal sends it to `make` too, which then reports failure however cleanly we stop.
     """
-    if not sys.stdin.isatty():
+    if not is_foreground_job():
         yield
         return
     terminal, previous = sys.stdin.fileno(), os.tcgetpgrp(sys.stdin.fileno())
@@ -108,6 +124,13 @@ def terminal_to_ourselves() -> Iterator[None]:
         yield
     finally:
         os.tcsetpgrp(terminal, previous)
+
+
+def is_foreground_job() -> bool:
+    """Whether a shell gave the terminal to us and `make`: not in the background, not the session's own leader."""
+    if not sys.stdin.isatty() or os.getsid(0) == os.getpid():
+        return False
+    return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
 
 
 def start(module: str, environment: Mapping[str, str]) -> Process:
@@ -131,8 +154,11 @@ def wait_until_ready(edge_url: str, processes: Mapping[str, Process]) -> bool:
 
 
 def answers(url: str) -> bool:
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # a proxy has no way to here
     try:
-        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - our own address
+        with direct.open(url, timeout=5):
             return True
     except OSError:  # not listening yet, or 503: not ready yet
         return False
@@ -142,9 +168,9 @@ def first_ended(processes: Mapping[str, Process]) -> str | None:
     return next((name for name, process in processes.items() if process.poll() is not None), None)
 
 
-def print_invitation(edge_url: str, worker_address: str) -> None:
+def print_invitation(edge_url: str, worker: str) -> None:
     print(
-        f"\nSluice is ready on {edge_url} (gRPC on {worker_address}). Try:\n\n"
+        f"\nSluice is ready on {edge_url} (gRPC on {worker}). Try:\n\n"
         f"  curl -N {edge_url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f"    -d '{QUESTION}'\n\nCtrl-C stops it.",
         flush=True,

@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,14 +72,15 @@ class Terminal:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_run_serves_and_stops_cleanly_on_ctrl_c() -> None:
     edge_port, worker_port = free_port(), free_port()
-    terminal = Terminal(MAKE, SLUICE_EDGE_PORT=edge_port, SLUICE_WORKER_PORT=worker_port)
+    ports = {"SLUICE_EDGE_PORT": edge_port, "SLUICE_WORKER_PORT": worker_port}
+    terminal = Terminal(MAKE, **ports, http_proxy="http://127.0.0.1:9")  # which must not matter
+    family: list[psutil.Process] = []
     try:
         terminal.read_until("Ctrl-C stops it.")
         assert f"curl -N http://localhost:{edge_port}/v1/chat/completions" in terminal.output
         body = {"model": "default", "prompt": "Once upon a time", "max_tokens": 3}
-        answer = httpx.post(
-            f"http://localhost:{edge_port}/v1/completions", json=body, timeout=PATIENCE
-        )
+        url = f"http://localhost:{edge_port}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=PATIENCE, trust_env=False)
         assert answer.json()["usage"]["completion_tokens"] == 3
         family = psutil.Process(terminal.pid).children(recursive=True)
         assert len(family) >= 3  # the launcher, the worker, the edge
@@ -87,6 +89,44 @@ def test_make_run_serves_and_stops_cleanly_on_ctrl_c() -> None:
     assert terminal.wait() == 0, terminal.output
     assert "Traceback" not in terminal.output
     assert [process for process in family if process.is_running()] == []
+
+
+def start_in_background(*command: str) -> list[str]:
+    return [
+        "bash",
+        "--norc",
+        "--noprofile",
+        "-i",
+        "-c",
+        f"{' '.join(command)} & wait; echo still-here",
+    ]
+
+
+def test_in_the_background_it_leaves_the_terminal_alone_and_ends_with_it() -> None:
+    ports = {"SLUICE_EDGE_PORT": free_port(), "SLUICE_WORKER_PORT": free_port()}
+    command = start_in_background(sys.executable, "deploy/local.py")
+    terminal = Terminal(command, **ports, PS1="")
+    terminal.read_until("Ctrl-C stops it.")
+    family = psutil.Process(terminal.pid).children(recursive=True)
+    assert len(family) >= 3
+    (launcher,) = [p for p in family if "deploy/local.py" in p.cmdline()]
+    launcher.send_signal(signal.SIGHUP)  # what the end of a terminal sends
+    terminal.read_until("still-here")  # the shell was never robbed of its terminal
+    terminal.wait()
+    assert [process for process in family if process.is_running()] == []
+
+
+def test_one_port_for_both_is_one_clear_line() -> None:
+    port = free_port()
+    result = subprocess.run(
+        [sys.executable, "deploy/local.py"],
+        cwd=ROOT,
+        env=environment(SLUICE_EDGE_PORT=port, SLUICE_WORKER_PORT=port),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize("variable", ["SLUICE_EDGE_PORT", "SLUICE_WORKER_PORT"])
