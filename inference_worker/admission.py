@@ -1,4 +1,6 @@
-"""Decides at once whether a request may come in: slots, queue and token budget. Knows no transport and no engine."""
+"""Decides at once whether a request may come in: slots, queue and token budget. Books alone: it touches no engine,
+no prompt and no stream, and its refusals are errors that others turn into statuses.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class AdmissionLimits:
 class Admission:
     """Counts the requests inside. Used from the event loop only.
 
-    A request comes in running if its sequences find free slots beside everyone already inside, else waiting if the
-    queue and its token budget have room; else it is refused. Invariants: waiting requests and waiting tokens never
+    A request comes in running if nobody is inside or its sequences find free slots beside everyone who is, else
+    waiting if the queue and its token budget have room; else it is refused. Invariants: waiting requests and waiting tokens never
     exceed their limits, and nothing is counted once every ticket is released.
     """
 
@@ -49,7 +51,8 @@ class Admission:
         """
         if self.is_draining:
             raise Draining
-        is_waiting = self.sequences + sequences > self.limits.max_running
+        # Alone it waits for nobody, however many sequences it has.
+        is_waiting = self.sequences > 0 and self.sequences + sequences > self.limits.max_running
         if is_waiting:
             self._check_queue(prompt_tokens)
             if self.waiting_requests == 0:

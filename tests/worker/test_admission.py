@@ -69,6 +69,17 @@ def test_no_queue_at_all() -> None:
     assert not admission.admit(1, 5).is_waiting
 
 
+def test_alone_a_request_with_more_sequences_than_slots_runs() -> None:
+    admission = Admission(AdmissionLimits(max_running=2, max_waiting=0, max_waiting_tokens=0))
+    with admission.admit(5, 10) as ticket:
+        assert not ticket.is_waiting
+        for _ in range(4):
+            ticket.finish_sequence()
+        assert not admission.admit(1, 10).is_waiting
+        with pytest.raises(QueueFull):
+            admission.admit(1, 10)
+
+
 def test_draining_refuses_everything() -> None:
     admission = Admission(AdmissionLimits(max_running=1, max_waiting=1, max_waiting_tokens=10))
     admission.stop_admitting()
