@@ -16,6 +16,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 Logger = structlog.typing.FilteringBoundLogger
 
+_ID_CHARS: Final = 128  # of a request id; valid ones have no more
+
 
 def configure_logging(level: str) -> None:
     """Send every line of this process, the libraries' too, to stdout as one JSON object."""
@@ -70,7 +72,8 @@ class RequestRecord:
 
     def __init__(self, message: pb.GenerateRequest, *, logs_prompts: bool) -> None:
         self._began = time.monotonic()
-        self._fields: dict[str, Any] = {"request_id": message.request_id or None}
+        # Not checked yet, so that a bad one may have any length.
+        self._fields: dict[str, Any] = {"request_id": message.request_id[:_ID_CHARS] or None}
         self._phase = "admission"
         self._finish_reasons: dict[int, str] = {}
         self._completion_tokens = 0
@@ -78,6 +81,12 @@ class RequestRecord:
         if logs_prompts:
             self._texts = defaultdict(list)
             self._fields["prompt"] = json_format.MessageToDict(message.prompt)
+
+    @property
+    def request_id(self) -> str | None:
+        """The request's id as far as it is known."""
+        request_id: str | None = self._fields["request_id"]
+        return request_id
 
     def admitted(self, request_id: str, model: str) -> None:
         """The request has a place, and its final id."""

@@ -114,9 +114,9 @@ class Worker:
             record.write(status.code.name, reason=status.reason, field=error.field)
             raise
         except Exception as error:
-            get_logger().error("bug", request_id=message.request_id, exc_info=error)
+            get_logger().error("bug", request_id=record.request_id, exc_info=error)
             record.write("INTERNAL")
-            raise InternalError(message.request_id or None) from error
+            raise InternalError(record.request_id) from error
         except BaseException:  # the caller went away: cancelled, or the generator was closed
             is_late = deadline is not None and time.monotonic() >= deadline
             record.write("DEADLINE_EXCEEDED" if is_late else "CANCELLED")
@@ -179,7 +179,7 @@ class Worker:
             free_blocks=load.free_blocks,
             total_blocks=load.total_blocks,
             block_size=load.block_size,
-            waiting_tokens=load.waiting_tokens,
+            waiting_tokens=self._admission.waiting_tokens,
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
             max_waiting_tokens=limits.max_waiting_tokens,

@@ -49,6 +49,19 @@ async def test_the_token_budget() -> None:
             call.cancel()
 
 
+async def test_the_waiting_tokens_are_those_that_the_limit_counts() -> None:
+    async with serve_script(max_running=1, step_milliseconds=5) as worker:
+        running = worker.stub.Generate(generate_request(ids=[5] * 60, n=3, max_tokens=1000))
+        await read_until(running, "delta")
+        load = await worker.wait_for(running=1, waiting=2)  # choices of a request that runs
+        assert load.waiting_tokens == 0
+        waiting = worker.stub.Generate(generate_request(ids=[5] * 40))
+        await read_until(waiting, "started")
+        assert (await worker.wait_for(waiting=3)).waiting_tokens == 40
+        for call in (running, waiting):
+            call.cancel()
+
+
 async def test_a_large_prompt_is_refused_before_it_is_tokenized() -> None:
     async with serve_script(max_running=1, max_waiting=0, step_milliseconds=5) as worker:
         running = worker.stub.Generate(generate_request(max_tokens=1000))

@@ -77,6 +77,14 @@ async def test_refused_cancelled_late_and_failed_requests(
         assert line["status"] == "INTERNAL"
 
 
+async def test_a_bad_request_id_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    async with serve_script() as worker:
+        await refusal_of(worker.stub.Generate(generate_request(request_id="r" * 2_000_000)))
+        (line,) = lines(capsys)
+    assert (line["status"], line["field"]) == ("INVALID_ARGUMENT", "request_id")
+    assert line["request_id"] == "r" * 128
+
+
 async def test_prompts_and_completions_are_written_if_asked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
