@@ -3,14 +3,22 @@
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from google.protobuf import duration_pb2
 from pydantic import Field
 
 from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits
 from edge.dialects.openai_wire import LOWEST_LOGPROB, field_names, new_id, shown_bytes
-from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32, validate
+from edge.dialects.schema import (
+    Items,
+    RequestModel,
+    SamplingFields,
+    SomeItems,
+    StoppingFields,
+    Uint32,
+    validate,
+)
 from edge.errors import EdgeError, invalid_request
 from edge.finish_reason import finish_reason_name
 from edge.json_codec import encode
@@ -51,19 +59,15 @@ class StreamRequest(StreamFields):
     """Body of POST /v1/streams. Exactly one of prompt, token_ids and messages."""
 
     prompt: str | None = Field(None, description="Plain text.")
-    token_ids: Annotated[list[Uint32], Field(min_length=1)] | None = Field(
-        None, description="A prompt of token ids."
-    )
-    messages: Annotated[list[StreamMessage], Field(min_length=1)] | None = Field(
-        None, description="A conversation."
-    )
+    token_ids: SomeItems[Uint32] | None = Field(None, description="A prompt of token ids.")
+    messages: SomeItems[StreamMessage] | None = Field(None, description="A conversation.")
 
 
 class StreamQuery(StreamFields):
     """Parameters of GET /v1/streams; `stop` and `stop_token_ids` may be repeated."""
 
     prompt: str = Field(description="Plain text.")
-    stop: list[str] | None = Field(None, description="Texts that end a choice.")
+    stop: Items[str] | None = Field(None, description="Texts that end a choice.")
     # Has no form as a query parameter.
     logit_bias: None = Field(None, exclude=True)
 

@@ -18,7 +18,7 @@ from edge.dialects.openai_wire import (
     shown_bytes,
     shown_logprob,
 )
-from edge.dialects.schema import RequestModel, Uint32, validate
+from edge.dialects.schema import Items, RequestModel, SomeItems, Uint32, validate
 from edge.errors import EdgeError, invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
@@ -37,7 +37,7 @@ class ChatMessage(RequestModel):
     """One message. The fields after `name` are those of an answer that is sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     name: str | None = None
     refusal: None = None
     annotations: Nothing | None = None
@@ -61,7 +61,7 @@ class TextFormat(RequestModel):
 class ChatCompletionRequest(OpenAIFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: SomeItems[ChatMessage]
     max_completion_tokens: Uint32 | None = Field(None, description="Another name of max_tokens.")
     logprobs: bool | None = Field(None, description="Send log-probabilities.")
     top_logprobs: Uint32 | None = Field(None, description="Likeliest candidates at each position.")
@@ -74,7 +74,7 @@ class ChatCompletionRequest(OpenAIFields):
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
     reasoning_effort: None = None

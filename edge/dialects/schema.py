@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from edge.errors import EdgeError, invalid_request
 from protos.sluice.v1 import generation_pb2 as pb
@@ -15,6 +15,17 @@ Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Float = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+# Lists that are given up at their first bad element. Pydantic would otherwise collect an error for each, which for a
+# body of a few megabytes takes gigabytes and stops the event loop for a minute.
+Element = TypeVar("Element")
+Items = Annotated[list[Element], Field(fail_fast=True)]
+SomeItems = Annotated[list[Element], Field(fail_fast=True, min_length=1)]
+
+# Far above what any model here has; each field beyond those it has is an error of its own.
+MAX_FIELDS = 64
+MAX_LOGIT_BIASES = 1024
+_MAX_SHOWN_PATH = 128
 
 Model = TypeVar("Model", bound="RequestModel")
 
@@ -26,6 +37,19 @@ class RequestModel(BaseModel):
 
     # Fields that are accepted only with values that ask for nothing.
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"more than {MAX_FIELDS} fields")
+        return value
+
+
+def _few_biases(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIASES:
+        raise PydanticCustomError("too_many_biases", f"more than {MAX_LOGIT_BIASES} entries")
+    return value
 
 
 class SamplingFields(RequestModel):
@@ -40,7 +64,10 @@ class SamplingFields(RequestModel):
     repetition_penalty: Float | None = Field(None, description="Above 1 discourages repetition.")
     presence_penalty: Float | None = Field(None, description="Taken once from tokens present.")
     frequency_penalty: Float | None = Field(None, description="Taken for each occurrence.")
-    logit_bias: dict[TokenIdKey, Float] | None = Field(None, description="Token id to bias.")
+    logit_bias: (
+        Annotated[dict[TokenIdKey, Float], Field(fail_fast=True), BeforeValidator(_few_biases)]
+        | None
+    ) = Field(None, description=f"Token id to bias; at most {MAX_LOGIT_BIASES} entries.")
     seed: Int64 | None = Field(None, description="Makes the draws repeatable.")
 
     def sampling(self) -> pb.Sampling:
@@ -65,8 +92,8 @@ class SamplingFields(RequestModel):
 class StoppingFields(RequestModel):
     """When a generation ends, besides its length."""
 
-    stop: str | list[str] | None = Field(None, description="Texts that end a choice.")
-    stop_token_ids: list[Uint32] | None = Field(None, description="Token ids that end a choice.")
+    stop: str | Items[str] | None = Field(None, description="Texts that end a choice.")
+    stop_token_ids: Items[Uint32] | None = Field(None, description="Token ids that end a choice.")
     ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token.")
 
     def stopping(self, max_tokens: int | None) -> pb.Stopping:
@@ -92,8 +119,9 @@ def _explain(
     model: type[RequestModel], body: Mapping[str, Any], error: ValidationError
 ) -> EdgeError:
     # A union reports every member that did not fit; the one that got furthest is the one that was meant.
-    paths = [(_path(body, detail), detail) for detail in error.errors(include_url=False)]
-    path, detail = max(paths, key=lambda entry: entry[0].count(".") + entry[0].count("["))
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    path, detail = max(((_path(body, detail), detail) for detail in details), key=_meant)
+    path = path[:_MAX_SHOWN_PATH]
     field = re.split(r"[.\[]", path, maxsplit=1)[0]
     if detail["type"] == "extra_forbidden":
         return invalid_request(f"Unrecognized field: {path}.", path, "unknown_field")
@@ -101,7 +129,17 @@ def _explain(
         return invalid_request(f"{field} is not supported with this value.", field, "unsupported")
     if detail["type"] == "missing":
         return invalid_request(f"{path} is required.", path)
+    if detail["type"] == "too_many_fields":
+        return invalid_request(f"{path or 'The request body'}: {detail['msg']}.", path or None)
+    if detail["type"] in ("too_short", "string_too_short"):
+        return invalid_request(f"{path}: must not be empty.", path)
     return invalid_request(f"{path}: {detail['msg']}.", path)
+
+
+def _meant(entry: tuple[str, ErrorDetails]) -> tuple[int, bool]:
+    """How far a member of a union got: into the value, and past its type."""
+    path, detail = entry
+    return path.count(".") + path.count("["), not detail["type"].endswith("_type")
 
 
 def _path(body: Mapping[str, Any], detail: ErrorDetails) -> str:

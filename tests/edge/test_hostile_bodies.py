@@ -1,0 +1,117 @@
+"""Bodies that are made to be expensive to refuse: what is collected about them stays small."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from edge.dialects import native, openai_chat, openai_completions, schema
+from edge.dialects.dialect import ParsedRequest, PromptLimits
+from edge.errors import EdgeError
+
+MANY = 20_000
+MOST_ERRORS = 100
+LIMITS = PromptLimits(max_body_bytes=4 << 20, max_json_depth=32, max_prompts=32)
+HI = [{"role": "user", "content": "hi"}]
+FIELDS = {f"field{number}": 1 for number in range(MANY)}
+Parse = Callable[[Mapping[str, Any], PromptLimits], ParsedRequest]
+CHAT, COMPLETIONS, NATIVE = openai_chat.parse, openai_completions.parse, native.parse
+
+BODIES: list[tuple[Parse, dict[str, Any]]] = [
+    (CHAT, {"messages": [{}] * MANY}),
+    (CHAT, {"messages": [*HI, *[{"role": "user", "content": 1}] * MANY]}),
+    (CHAT, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+    (CHAT, {"messages": [{"role": "user", "content": "x"} | FIELDS]}),
+    (CHAT, {"messages": HI, "modalities": ["x"] * MANY}),
+    (CHAT, {"messages": HI, "tools": [{}] * MANY}),
+    (CHAT, {"messages": HI} | FIELDS),
+    (CHAT, {"messages": HI, "stream_options": FIELDS}),
+    (CHAT, {"messages": HI, "response_format": FIELDS}),
+    (COMPLETIONS, {"prompt": [-1] * MANY}),
+    (COMPLETIONS, {"prompt": [1, *["x"] * MANY]}),
+    (COMPLETIONS, {"prompt": [[-1] * MANY]}),
+    (COMPLETIONS, {"prompt": [["x"] * MANY]}),
+    (COMPLETIONS, {"prompt": [[]] * MANY}),
+    (COMPLETIONS, {"prompt": [{}] * MANY}),
+    (COMPLETIONS, {"prompt": [True] * MANY}),
+    (COMPLETIONS, {"prompt": ["x"] * MANY}),
+    (COMPLETIONS, {"prompt": [[1]] * MANY}),
+    (COMPLETIONS, {"prompt": "x", "stop": [1] * MANY}),
+    (COMPLETIONS, {"prompt": "x", "stop_sequences": [1] * MANY}),
+    (COMPLETIONS, {"prompt": "x", "stop_token_ids": [-1] * MANY}),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": FIELDS}),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": dict(list(FIELDS.items())[:1000])}),
+    (NATIVE, {"messages": [{}] * MANY}),
+    (NATIVE, {"token_ids": [-1] * MANY}),
+    (NATIVE, {"prompt": "x"} | FIELDS),
+]
+
+
+@pytest.mark.parametrize(
+    ("parse", "body"),
+    BODIES,
+    ids=[f"{parse.__module__}-{number}" for number, (parse, _) in enumerate(BODIES)],
+)
+def test_few_errors_are_collected(
+    monkeypatch: pytest.MonkeyPatch, parse: Parse, body: dict[str, Any]
+) -> None:
+    collected: list[int] = []
+    explain = schema._explain
+
+    def counting(model: Any, body: Any, error: ValidationError) -> EdgeError:
+        collected.append(error.error_count())
+        return explain(model, body, error)
+
+    monkeypatch.setattr(schema, "_explain", counting)
+    with pytest.raises(EdgeError) as refused:
+        parse(body, LIMITS)
+    assert refused.value.status == 400
+    assert len(refused.value.message) < 300
+    assert sum(collected) <= MOST_ERRORS
+
+
+@pytest.mark.parametrize("prompt", [["x"] * 33, [[1]] * 33, [[]] * 33])
+def test_prompts_are_counted_before_they_are_validated(
+    monkeypatch: pytest.MonkeyPatch, prompt: list[Any]
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("validated")
+
+    monkeypatch.setattr(openai_completions, "validate", never)
+    with pytest.raises(EdgeError, match="prompt: at most 32 at once"):
+        openai_completions.parse({"prompt": prompt}, LIMITS)
+
+
+def test_a_long_list_of_numbers_is_one_prompt() -> None:
+    parsed = openai_completions.parse({"prompt": [1] * MANY}, LIMITS)
+    assert len(parsed.requests) == 1
+
+
+def test_as_many_logit_biases_as_are_allowed() -> None:
+    biases = {str(number): 1.0 for number in range(schema.MAX_LOGIT_BIASES)}
+    parsed = openai_chat.parse({"messages": HI, "logit_bias": biases}, LIMITS)
+    assert len(parsed.requests[0].sampling.logit_bias) == schema.MAX_LOGIT_BIASES
+    with pytest.raises(EdgeError, match="logit_bias: more than 1024 entries"):
+        openai_chat.parse({"messages": HI, "logit_bias": biases | {"5000": 1.0}}, LIMITS)
+
+
+def test_a_huge_field_name_is_not_shown_whole() -> None:
+    with pytest.raises(EdgeError) as refused:
+        openai_chat.parse({"messages": HI, "x" * 100_000: 1}, LIMITS)
+    assert len(refused.value.message) < 300
+    assert len(refused.value.param or "") < 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt: must not be empty."),
+        ([[]], "prompt[0]: must not be empty."),
+        ([-1], "prompt[0]: Input should be greater than or equal to 0."),
+    ],
+)
+def test_a_bad_prompt_is_explained(prompt: list[Any], message: str) -> None:
+    with pytest.raises(EdgeError) as refused:
+        openai_completions.parse({"prompt": prompt}, LIMITS)
+    assert refused.value.message == message
