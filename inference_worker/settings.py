@@ -61,7 +61,8 @@ class WorkerSettings(BaseSettings):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Threads of one matrix product on a CPU. Unset: one for a model below 20 million parameters, else torch's choice.",
+        description="Threads of one matrix product on a CPU. Unset: one for a model below 20 million parameters, "
+        "else torch's choice.",
         json_schema_extra=unit("threads"),
     )
     context_length: int | None = Field(
