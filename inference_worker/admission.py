@@ -29,8 +29,8 @@ class Admission:
     """Counts the requests inside. Used from the event loop only.
 
     A request comes in running if nobody is inside or its sequences find free slots beside everyone who is, else
-    waiting if the queue and its token budget have room; else it is refused. Invariants: waiting requests and waiting tokens never
-    exceed their limits, and nothing is counted once every ticket is released.
+    waiting if the queue and its token budget have room; else it is refused. Invariants: waiting requests and waiting
+    tokens never exceed their limits, and nothing is counted once every ticket is released.
     """
 
     def __init__(

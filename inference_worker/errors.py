@@ -38,14 +38,14 @@ class InvalidField(SluiceError):
 class ContextExceeded(InvalidField):
     """Prompt, or prompt and completion, can never fit."""
 
-    def __init__(self, field: str, problem: str, *, tokens: int, limit: int) -> None:
+    def __init__(self, field: str, problem: str, *, limit: int, **size: int) -> None:
+        """`limit` is in the unit that `size` names: tokens=, or bytes= where nothing was tokenized."""
         super().__init__(field, problem)
-        self.tokens = tokens
-        self.limit = limit
+        self._numbers = size | {"limit": limit}
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {"tokens": str(self.tokens), "limit": str(self.limit)}
+        return {name: str(number) for name, number in self._numbers.items()}
 
 
 class UnsupportedField(SluiceError):

@@ -17,7 +17,7 @@ from inference_worker.field_rules import (
     refuse_unknown_fields,
     refuse_unsupported,
 )
-from inference_worker.prompt import check_prompt
+from inference_worker.prompt import check_fits, check_prompt
 from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -37,6 +37,7 @@ class Limits:
 
     max_choices: int
     context_length: int  # tokens of prompt and completion together
+    max_token_bytes: int | None  # bytes of text that one token can stand for, if known
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,14 @@ class Reading:
 def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> Reading:
     """Check everything that can be checked without tokenizing.
 
-    Raises: InvalidField, UnsupportedField.
+    Raises: InvalidField, ContextExceeded, UnsupportedField.
     """
     refuse_unknown_fields(message, "")
     _refuse_later_features(message)
     if message.WhichOneof("source") is None:
         raise InvalidField("prompt", "is required")
     check_prompt(message.prompt)
+    check_fits(message.prompt, limits.context_length, limits.max_token_bytes)
     n = message.n if message.HasField("n") else 1
     check_range("n", n, 1, limits.max_choices)
     output = _read_output(message.output)

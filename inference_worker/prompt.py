@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from inference_worker.errors import InvalidField
-from inference_worker.field_rules import refuse_unknown_fields, refuse_unsupported
+from inference_worker.errors import ContextExceeded, InvalidField
+from inference_worker.field_rules import check_count, refuse_unknown_fields, refuse_unsupported
 from inference_worker.tokenizer import TemplateError, Tokenizer
 from protos.sluice.v1 import generation_pb2 as pb
 
-# Two, so that a small prompt does not wait behind one large one; the tokenizer releases the GIL while it works.
-_THREADS: Final = 2
+_MAX_MESSAGES: Final = 10_000  # checked one by one on the event loop
+_SMALL_BYTES: Final = 64 * 1024
 # Rough, and on the safe side for most languages: what admission counts until the true number is known.
 _BYTES_PER_TOKEN: Final = 4
 
@@ -31,6 +31,7 @@ def check_prompt(prompt: pb.Prompt, path: str = "prompt") -> None:
             if not prompt.text:
                 raise InvalidField(f"{path}.text", "is empty")
         case "token_ids":
+            refuse_unknown_fields(prompt.token_ids, f"{path}.token_ids")
             if not prompt.token_ids.ids:
                 raise InvalidField(f"{path}.token_ids", "is empty")
         case "chat":
@@ -45,10 +46,30 @@ def _check_chat(chat: pb.Chat, path: str) -> None:
     refuse_unsupported(path, template_arguments=chat.HasField("template_arguments"))
     if not chat.messages:
         raise InvalidField(f"{path}.messages", "is empty")
+    check_count(f"{path}.messages", len(chat.messages), _MAX_MESSAGES, "messages")
     for index, message in enumerate(chat.messages):
         refuse_unknown_fields(message, f"{path}.messages[{index}]")
         if not message.role:
             raise InvalidField(f"{path}.messages[{index}].role", "is required")
+
+
+def check_fits(prompt: pb.Prompt, context_length: int, max_token_bytes: int | None) -> None:
+    """Refuse a text that has too many bytes for any number of tokens that fit, before time is spent on it.
+
+    A chat may pass: how much of it the template keeps is known only once it is rendered.
+
+    Raises: ContextExceeded.
+    """
+    if max_token_bytes is None or prompt.WhichOneof("input") != "text":
+        return
+    size, limit = len(prompt.text.encode()), context_length * max_token_bytes
+    if size > limit:
+        raise ContextExceeded(
+            "prompt",
+            f"{size} bytes of text; at most {limit} can fit into {context_length} tokens",
+            bytes=size,
+            limit=limit,
+        )
 
 
 def estimate_tokens(prompt: pb.Prompt) -> int:
@@ -59,19 +80,22 @@ def estimate_tokens(prompt: pb.Prompt) -> int:
 
 
 class PromptReader:
-    """Runs the tokenizer in a few threads, so that a prompt of megabytes never holds the event loop.
+    """Runs the tokenizer in threads, so that a prompt of megabytes never holds the event loop.
 
-    Its queue is as long as admission lets it become.
+    What has begun cannot be stopped, also if nobody wants it any more; so large prompts have a thread of their own,
+    and small ones never wait for them. The queues are as long as admission lets them become.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size  # the model's, which may know ids that have no text
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenizer")
+        # The tokenizer releases the GIL while it works, so that they do run side by side.
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-small")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-large")
 
     def read(self, prompt: pb.Prompt, path: str = "prompt") -> asyncio.Future[list[int]]:
         """Token ids of a checked prompt. The future raises InvalidField."""
-        return self._run(lambda: self._read(prompt, path))
+        return self._run(lambda: self._read(prompt, path), prompt.ByteSize())
 
     def tokenize(self, prompt: pb.Prompt) -> asyncio.Future[pb.TokenizeResponse]:
         """Token ids and their bytes. The future raises InvalidField."""
@@ -80,7 +104,7 @@ class PromptReader:
             ids = self._read(prompt, "prompt")
             return pb.TokenizeResponse(token_ids=ids, tokens=map(self._tokenizer.token_bytes, ids))
 
-        return self._run(tokenize)
+        return self._run(tokenize, prompt.ByteSize())
 
     def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool) -> asyncio.Future[str]:
         """Text of token ids. The future raises InvalidField."""
@@ -89,14 +113,16 @@ class PromptReader:
             self._check_ids(token_ids, "token_ids")
             return self._tokenizer.decode(token_ids, keep_special_tokens=keep_special_tokens)
 
-        return self._run(decode)
+        return self._run(decode, _BYTES_PER_TOKEN * len(token_ids))
 
     def close(self) -> None:
-        """End the threads; what has not begun is dropped."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads, without waiting for what has begun; what has not is dropped."""
+        for threads in (self._small, self._large):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def _run(self, work: Callable[[], T], size: int) -> asyncio.Future[T]:
+        threads = self._small if size <= _SMALL_BYTES else self._large
+        return asyncio.get_running_loop().run_in_executor(threads, work)
 
     def _read(self, prompt: pb.Prompt, path: str) -> list[int]:
         match prompt.WhichOneof("input"):

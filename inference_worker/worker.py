@@ -69,7 +69,9 @@ class Worker:
         )
         self._backend = Backend(
             served=served,
-            limits=Limits(settings.max_choices, self.context_length),
+            limits=Limits(
+                settings.max_choices, self.context_length, served.tokenizer.max_token_bytes
+            ),
             prompts=self._prompts,
             engine=self._engine,
             registry=self._registry,

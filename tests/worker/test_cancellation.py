@@ -157,15 +157,16 @@ async def test_aborting_twice_at_once_ends_it_once() -> None:
 
 @asynccontextmanager
 async def slow_tokenizer(
-    worker: ServedWorker, monkeypatch: pytest.MonkeyPatch
+    worker: ServedWorker, monkeypatch: pytest.MonkeyPatch, least_bytes: int = 0
 ) -> AsyncIterator[threading.Event]:
-    """Within the block the tokenizer hangs; the event tells that it was entered."""
+    """Within the block the tokenizer hangs on texts of `least_bytes`; the event tells that it was entered."""
     entered, leave = threading.Event(), threading.Event()
     encode = worker.served.tokenizer.encode
 
     def hang(text: str) -> list[int]:
-        entered.set()
-        leave.wait(10)
+        if len(text) >= least_bytes:
+            entered.set()
+            leave.wait(10)
         return encode(text)
 
     monkeypatch.setattr(worker.served.tokenizer, "encode", hang)
@@ -204,6 +205,22 @@ async def test_giving_up_while_the_prompt_is_tokenized(
         for other in others:
             other.cancel()
         await worker.wait_idle()
+
+
+async def test_a_small_prompt_does_not_wait_for_large_ones_that_were_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with (
+        serve_script(context_length=2**17) as worker,
+        slow_tokenizer(worker, monkeypatch, least_bytes=100_000) as entered,
+    ):
+        large = [worker.stub.Generate(generate_request(text="word " * 20_000)) for _ in range(4)]
+        await worker.wait_for(requests=4)
+        await asyncio.to_thread(entered.wait, 5)
+        for call in large:
+            call.cancel()
+        await worker.wait_idle()  # in the books; one of them still has its thread
+        assert reasons(await asyncio.wait_for(worker.generate(text="word"), 5)) == ["LENGTH"]
 
 
 async def test_many_cancelled_at_once_leave_nothing() -> None:

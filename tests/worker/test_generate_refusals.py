@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import duration_pb2, struct_pb2
 
 from protos.sluice.v1 import generation_pb2 as pb
-from tests.worker.served_worker import Refusal, generate_request, refusal_of, serve_script
+from tests.worker.served_worker import Refusal, generate_request, reasons, refusal_of, serve_script
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
@@ -47,6 +47,7 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("prompt.token_ids", {"ids": []}),
     ("prompt.token_ids.ids[1]", {"ids": [1, 1_000_000]}),
     ("prompt.chat.messages", chat()),
+    ("prompt.chat.messages", chat(*[USER] * 10_001)),
     ("prompt.chat.messages[1].role", chat(USER, pb.ChatMessage(content="?"))),
     *[("sampling.temperature", sampling(temperature=bad)) for bad in (-0.1, 100.5, NAN, INF)],
     ("sampling.top_k", sampling(top_k=0)),
@@ -102,24 +103,35 @@ async def test_a_field_of_a_later_version_is_unimplemented_and_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "holder"),
+    "path",
     [
-        ("99", None),
-        ("sampling.99", "sampling"),
-        ("stopping.99", "stopping"),
-        ("output.99", "output"),
-        ("prompt.99", "prompt"),
+        "",
+        "sampling",
+        "stopping",
+        "output",
+        "prompt",
+        "prompt.token_ids",
+        "prompt.chat",
+        "prompt.chat.messages[0]",
     ],
 )
 async def test_a_field_that_this_contract_does_not_know_is_not_ignored(
-    path: str, holder: str | None
+    path: str,
 ) -> None:
     request = generate_request(output=pb.Output(token_ids=True), sampling=pb.Sampling(top_k=5))
-    message = request if holder is None else getattr(request, holder)
+    if path == "prompt.token_ids":
+        request.prompt.token_ids.ids.append(5)
+    elif path.startswith("prompt.chat"):
+        request.prompt.chat.messages.append(USER)
+    message: Any = request
+    for name in path.removesuffix("[0]").split(".") if path else ():
+        message = getattr(message, name)
+    if path.endswith("[0]"):
+        message = message[0]
     message.MergeFromString(b"\x98\x06\x01")  # field 99, the number 1
     async with serve_script() as worker:
         refusal = await refusal_of(worker.stub.Generate(request))
-    assert (refusal.code, refusal.field) == (UNIMPLEMENTED, path)
+    assert (refusal.code, refusal.field) == (UNIMPLEMENTED, f"{path}.99" if path else "99")
 
 
 async def test_a_request_without_a_prompt() -> None:
@@ -148,6 +160,30 @@ async def test_a_prompt_that_can_never_fit_names_both_numbers() -> None:
         assert "at most 63" in refusal.message
         assert dict(refusal.info.metadata) == {"tokens": "64", "limit": "63"}
         assert refusal.info.reason == "CONTEXT_EXCEEDED"
+
+
+async def test_a_text_of_too_many_bytes_is_refused_before_it_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serve_script(context_length=64) as worker:
+        longest = worker.served.tokenizer.max_token_bytes
+        assert longest is not None
+        encoded: list[str] = []
+
+        def encode(text: str) -> list[int]:
+            encoded.append(text)
+            return [5]
+
+        monkeypatch.setattr(worker.served.tokenizer, "encode", encode)
+        can_fit = "é" * (64 * longest // 2)
+        assert reasons(await worker.generate(text=can_fit)) == ["LENGTH"]
+        refusal = await refusal_of(worker.stub.Generate(generate_request(text=can_fit + "é")))
+        assert (refusal.code, refusal.field) == (INVALID, "prompt")
+        assert refusal.info.reason == "CONTEXT_EXCEEDED"
+        numbers = {"bytes": str(64 * longest + 2), "limit": str(64 * longest)}
+        assert dict(refusal.info.metadata) == numbers
+        assert all(number in refusal.message for number in numbers.values())
+        assert encoded == [can_fit]
 
 
 async def test_the_kv_cache_limits_what_fits_too() -> None:

@@ -263,7 +263,7 @@ class Chat(google.protobuf.message.Message):
     TEMPLATE_ARGUMENTS_FIELD_NUMBER: builtins.int
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """In order, oldest first. At least one."""
+        """In order, oldest first. 1 to 10000."""
 
     @property
     def tools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Tool]:
