@@ -11,7 +11,10 @@ from edge.json_codec import encode
 
 EXTENSION = "sluice.connection"
 WRITE_HIGH_WATER = 8 * 1024
-MAX_HEAD_BYTES = 64 * 1024
+# Headers and trailers of one request.
+MAX_FIELD_BYTES = 64 * 1024
+# The colon, the space and the line's end.
+_HEADER_FRAME_BYTES = 4
 
 
 class Connection:
@@ -55,8 +58,13 @@ class StreamProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_refusing = False
+        # From the first byte of a request to its last.
+        self._is_in_request = False
         self._is_in_head = False
-        self._head_bytes = 0
+        # Header and trailer bytes of the request that are parsed, and bytes that came without any of its body.
+        self._field_bytes = 0
+        self._bodiless_bytes = 0
+        self._has_body = False
         self._declined_head: bytes | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
@@ -83,16 +91,18 @@ class StreamProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        self._has_body = False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             self._decline_upgrade(data[offer.args[0] :])
+            return
         except httptools.HttpParserError:
             self._refuse(400, "Invalid HTTP request.")
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(431, "The request's headers are too large.")
+        # The parser holds a header or trailer until it is whole, however long it gets.
+        if self._is_in_request:
+            self._bodiless_bytes = 0 if self._has_body else self._bodiless_bytes + len(data)
+            self._limit_fields(self._bodiless_bytes)
 
     def on_message_begin(self) -> None:
         if self._is_response_running():
@@ -102,7 +112,20 @@ class StreamProtocol(HttpToolsProtocol):
         extensions: dict[str, Any] = {EXTENSION: Connection(self)}
         self.scope["extensions"] = extensions
         self._start_read_timer()
-        self._is_in_head, self._head_bytes = True, 0
+        self._is_in_request = self._is_in_head = True
+        self._field_bytes = self._bodiless_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._field_bytes += len(url)
+        self._limit_fields(self._field_bytes)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._field_bytes += len(name) + len(value) + _HEADER_FRAME_BYTES
+        self._limit_fields(self._field_bytes)
+        # Trailers are dropped: they must not pass for headers.
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
@@ -112,13 +135,19 @@ class StreamProtocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._has_body = True
         if not self._is_refusing:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._is_in_request = False
         if self._declined_head is None and not self._is_refusing:
             self._stop_read_timer()
             super().on_message_complete()
+
+    def _limit_fields(self, size: int) -> None:
+        if size > MAX_FIELD_BYTES:
+            self._refuse(431, "The request's headers are too large.")
 
     def _head_without_offer(self) -> bytes:
         """The head of the current request as if it had not offered another protocol."""
@@ -140,9 +169,16 @@ class StreamProtocol(HttpToolsProtocol):
         self.data_received(head + rest)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers what never became a request, and closes."""
+        """Answers a request that cannot be read to its end, and closes."""
+        self._is_refusing = True
         if self.transport.is_closing():
             return
+        if self._is_response_running():
+            if self.cycle.response_started:  # with another answer
+                self.transport.abort()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = encode(EdgeError(status, "invalid_request_error", message).body())
         self.transport.write(
             STATUS_LINE[status]

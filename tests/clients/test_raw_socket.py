@@ -4,6 +4,7 @@ import asyncio
 
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.raw_http import RawClient
+from tests.edge.scripted_worker import ScriptedWorker
 
 
 async def test_http_1_0_without_keep_alive(edge: EdgeProcess) -> None:
@@ -49,6 +50,42 @@ async def test_endless_headers_are_a_431(edge: EdgeProcess) -> None:
     async with RawClient(edge.port) as client:
         await client.send(b"GET /health HTTP/1.1\r\nhost: x\r\n" + line * 66)
         assert (await client.read_to_end()).startswith(b"HTTP/1.1 431")
+
+
+async def test_endless_trailers_are_a_431(edge: EdgeProcess, worker: ScriptedWorker) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b'e\r\n{"prompt":"x"}\r\n0\r\n'
+    async with RawClient(edge.port) as client:
+        await client.send(head + body + b"x-request-id: from-a-trailer\r\n\r\n")
+        answer = await client.read_until(b"usage")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"from-a-trailer" not in answer
+    calls = len(worker.calls)
+    line = b"x-filler: " + b"y" * 1000 + b"\r\n"
+    for trailers in ([line] * 66, [b"x-filler: ", *[b"y" * 1000] * 66], [line * 66]):
+        async with RawClient(edge.port) as client:
+            await client.send(head + body)
+            for trailer in trailers:
+                await asyncio.sleep(0.001)
+                await client.send(trailer)
+            assert (await client.read_to_end()).count(b"HTTP/1.1 431") == 1
+    assert len(worker.calls) == calls
+
+
+async def test_a_head_in_one_piece_is_limited_too(edge: EdgeProcess) -> None:
+    for head in (b"x-filler: " + b"y" * 66_000, b"x: y\r\n" * 12_000):
+        async with RawClient(edge.port) as client:
+            await client.send(b"GET /health HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n\r\n")
+            assert (await client.read_to_end()).startswith(b"HTTP/1.1 431")
+
+
+async def test_a_body_in_tiny_chunks_is_no_head(edge: EdgeProcess) -> None:
+    body = b'{"prompt":"' + b"x" * 20_000 + b'"}'
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with RawClient(edge.port) as client:
+        await client.send(head + chunks)
+        assert (await client.read_until(b"usage")).startswith(b"HTTP/1.1 200")
 
 
 async def test_an_event_source_by_hand(edge: EdgeProcess) -> None:
