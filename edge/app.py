@@ -66,17 +66,19 @@ def _document_operation(table: list[Operation]) -> Operation:
 
 
 def _middleware(settings: EdgeSettings) -> list[Middleware]:
-    middleware = [Middleware(RequestLog, max_connections=settings.max_connections)]
+    middleware = [Middleware(RequestLog)]
     origins = settings.allowed_origins()
     if origins:
-        middleware.append(
+        # Outermost, so that a browser may read every answer, a 429 or 500 of the log's middleware too.
+        middleware.insert(
+            0,
             Middleware(
                 CORSMiddleware,
                 allow_origins=origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "request-id", "retry-after", "retry-after-ms"],
-            )
+            ),
         )
     return middleware
 

@@ -1,10 +1,17 @@
 """uvicorn's HTTP protocol, made safe for long streams."""
 
 import asyncio
+import uuid
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import structlog
+from starlette.types import Message, Send
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from edge.errors import EdgeError
 from edge.json_codec import encode
@@ -17,11 +24,20 @@ MAX_FIELD_BYTES = 64 * 1024
 _HEADER_FRAME_BYTES = 4
 
 
+_log = structlog.get_logger("edge.request")
+
+
 class Connection:
-    """What the application may do to the connection that a request came on."""
+    """What the application may know of, and do to, the connection that a request came on."""
 
     def __init__(self, protocol: "StreamProtocol") -> None:
         self._protocol = protocol
+        self.request_id = f"req-{uuid.uuid4().hex}"
+        # The id in the answer; a client may bring its own.
+        self.shown_id = self.request_id
+        # Set when the protocol itself answered, since the rest of the request did not come.
+        self.refused_status: int | None = None
+        self.finish: str | None = None
 
     @property
     def is_writable(self) -> bool:
@@ -29,9 +45,14 @@ class Connection:
         return not self._protocol.flow.write_paused
 
     @property
-    def open_connections(self) -> int:
-        """Connections of the whole server."""
-        return len(self._protocol.connections)
+    def is_surplus(self) -> bool:
+        """Whether the server had too many connections when this one came, and still has."""
+        return self._protocol.is_surplus
+
+    def sender(self) -> Send:
+        """Sends past all middleware, which has nothing to do with what follows the head of a response."""
+        send: Send = self._protocol.cycle.send  # type: ignore[assignment]  # uvicorn's types for the same
+        return send
 
     def abort(self) -> None:
         """Drops the connection with all that is not yet sent."""
@@ -54,6 +75,7 @@ class StreamProtocol(HttpToolsProtocol):
     """
 
     read_timeout_seconds: float = 30.0
+    max_connections: int = 4096
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,12 +89,18 @@ class StreamProtocol(HttpToolsProtocol):
         self._has_body = False
         self._declined_head: bytes | None = None
         self._read_timer: asyncio.TimerHandle | None = None
+        self._connection = Connection(self)
+        self._came_beyond_limit = False
+        # When the last response ended, if nothing came since.
+        self._idle_since: float | None = None
 
     def connection_made(  # type: ignore[override]  # as uvicorn has it
         self, transport: asyncio.Transport
     ) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        if len(self.connections) > self.max_connections:
+            self._came_beyond_limit = not self._close_idlest()
         self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -83,6 +111,26 @@ class StreamProtocol(HttpToolsProtocol):
         """Drops the connection if a response is under way on it."""
         if self._is_response_running():
             self.transport.abort()
+
+    @property
+    def is_surplus(self) -> bool:
+        """Whether there were too many connections when this one came, and there still are."""
+        self._came_beyond_limit &= len(self.connections) > self.max_connections
+        return self._came_beyond_limit
+
+    def _close_idlest(self) -> bool:
+        """Makes room by closing the connection that was kept alive for longest without use, if there is one."""
+        idle = [
+            (connection._idle_since, number, connection)
+            for number, connection in enumerate(self.connections)
+            if isinstance(connection, StreamProtocol)
+            and connection._idle_since is not None
+            and not connection.transport.is_closing()
+        ]
+        if not idle:
+            return False
+        min(idle)[2].transport.close()
+        return True
 
     def eof_received(self) -> None:
         # A client that half-closes has gone as far as a stream is concerned. Closing would first wait for it to read
@@ -109,8 +157,10 @@ class StreamProtocol(HttpToolsProtocol):
             self._is_refusing = True
             self.transport.abort()
         super().on_message_begin()
-        extensions: dict[str, Any] = {EXTENSION: Connection(self)}
+        self._connection = Connection(self)
+        extensions: dict[str, Any] = {EXTENSION: self._connection}
         self.scope["extensions"] = extensions
+        self._idle_since = None
         self._start_read_timer()
         self._is_in_request = self._is_in_head = True
         self._field_bytes = self._bodiless_bytes = 0
@@ -145,6 +195,15 @@ class StreamProtocol(HttpToolsProtocol):
             self._stop_read_timer()
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._idle_since = self.loop.time()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            cycle.send = _unframed(cycle)  # type: ignore[method-assign]
+        super()._start_asgi_task(cycle, app)
+
     def _limit_fields(self, size: int) -> None:
         if size > MAX_FIELD_BYTES:
             self._refuse(431, "The request's headers are too large.")
@@ -168,7 +227,7 @@ class StreamProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(head + rest)
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str, finish: str | None = None) -> None:
         """Answers a request that cannot be read to its end, and closes."""
         self._is_refusing = True
         if self.transport.is_closing():
@@ -179,14 +238,33 @@ class StreamProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._connection.refused_status, self._connection.finish = status, finish
+        else:
+            # The application will not hear of it. How a request that cannot be read names itself is not known.
+            self._log_refused(status, finish)
+        shown_id = self._connection.shown_id.encode()
         body = encode(EdgeError(status, "invalid_request_error", message).body())
         self.transport.write(
             STATUS_LINE[status]
             + b"content-type: application/json\r\nconnection: close\r\n"
+            + b"x-request-id: %b\r\nrequest-id: %b\r\n" % (shown_id, shown_id)
             + b"content-length: %d\r\n\r\n" % len(body)
             + body
         )
         self.transport.close()
+
+    def _log_refused(self, status: int, finish: str | None) -> None:
+        fields = {} if finish is None else {"finish": finish}
+        _log.info(
+            "request",
+            request_id=self._connection.request_id,
+            client_request_id=None,
+            method=None,
+            route=None,
+            status=status,
+            error="invalid_request_error",
+            **fields,
+        )
 
     def _is_response_running(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -201,5 +279,28 @@ class StreamProtocol(HttpToolsProtocol):
             self._read_timer = None
 
     def _read_timed_out(self) -> None:
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._is_in_request:
+            self._connection.finish = "read_timeout"
+            self._refuse(408, "The request did not come in time.", "read_timeout")
+        else:
             self.transport.abort()
+
+
+def _unframed(cycle: RequestResponseCycle) -> Any:
+    """`send` of an HTTP/1.0 response, which knows no chunks: a body without a length ends with the connection."""
+    is_unframed = False
+
+    async def send(message: Message) -> None:
+        nonlocal is_unframed
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            is_unframed = b"content-length" not in names
+            if is_unframed:
+                cycle.chunked_encoding = False
+        elif is_unframed:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await RequestResponseCycle.send(cycle, message)  # type: ignore[arg-type]  # uvicorn's types for the same
+
+    return send

@@ -17,7 +17,7 @@ from edge.protocol import EXTENSION, Connection
 
 CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Asked every few seconds by orchestrators.
+# Asked every few seconds by orchestrators, who must get their answer however many others are connected.
 _PROBES = frozenset({"/health", "/ready"})
 _STATE_KEY = "sluice_record"
 _log = structlog.get_logger("edge.request")
@@ -65,22 +65,24 @@ class RequestLog:
     ids that the edge made, since a client may send the same one twice.
     """
 
-    def __init__(self, app: ASGIApp, max_connections: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_connections = max_connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given = Request(scope).headers.get("x-request-id", "")
+        connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
         record = RequestRecord(
-            request_id=f"req-{uuid.uuid4().hex}",
+            request_id=connection.request_id if connection else f"req-{uuid.uuid4().hex}",
             client_request_id=given if _CLIENT_ID.fullmatch(given) else None,
-            send_body=send,
+            send_body=connection.sender() if connection else send,
         )
         scope.setdefault("state", {})[_STATE_KEY] = record
         shown = record.client_request_id or record.request_id
+        if connection is not None:
+            connection.shown_id = shown
 
         async def send_with_ids(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -91,20 +93,21 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._answer(scope, receive, send_with_ids, record)
+            await self._answer(scope, receive, send_with_ids, record, connection)
         finally:
-            self._write(scope, record)
+            self._write(scope, record, connection)
 
     async def _answer(
-        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: RequestRecord,
+        connection: Connection | None,
     ) -> None:
-        connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
-        if (
-            connection is not None
-            and connection.open_connections > self._max_connections
-            and scope["path"] != "/health"
-        ):
+        if connection is not None and scope["path"] not in _PROBES and connection.is_surplus:
             refusal = overloaded("Too many connections; try again soon.")
+            record.error(refusal)
             refusal.headers["connection"] = "close"
             await error_response(refusal)(scope, receive, send)
             return
@@ -120,9 +123,14 @@ class RequestLog:
                 connection.cut()
 
     @staticmethod
-    def _write(scope: Scope, record: RequestRecord) -> None:
+    def _write(scope: Scope, record: RequestRecord, connection: Connection | None) -> None:
         route = scope.get("route")
         is_gone = record.is_client_gone or record.status is None
+        status = CLIENT_CLOSED_REQUEST if is_gone else record.status
+        if connection is not None:
+            status = connection.refused_status or status
+            if connection.finish is not None:
+                record.fields["finish"] = connection.finish
         write = _log.debug if scope["path"] in _PROBES else _log.info
         write(
             "request",
@@ -130,7 +138,7 @@ class RequestLog:
             client_request_id=record.client_request_id,
             method=scope["method"],
             route=getattr(route, "path", None),
-            status=CLIENT_CLOSED_REQUEST if is_gone else record.status,
+            status=status,
             duration=record.seconds(),
             **record.fields,
         )

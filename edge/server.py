@@ -123,6 +123,7 @@ async def serve(settings: EdgeSettings, listener: socket.socket) -> None:
 def _config(settings: EdgeSettings, drain: Drain) -> uvicorn.Config:
     class Protocol(StreamProtocol):
         read_timeout_seconds = settings.read_timeout_seconds
+        max_connections = settings.max_connections
 
     return uvicorn.Config(
         create_app(settings, drain),

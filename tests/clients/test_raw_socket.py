@@ -1,10 +1,12 @@
 """No client library at all: HTTP by hand."""
 
 import asyncio
+import re
 
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.raw_http import RawClient
 from tests.edge.scripted_worker import ScriptedWorker
+from tests.edge.sse import openai_chunks
 
 
 async def test_http_1_0_without_keep_alive(edge: EdgeProcess) -> None:
@@ -13,8 +15,19 @@ async def test_http_1_0_without_keep_alive(edge: EdgeProcess) -> None:
     async with RawClient(edge.port) as client:
         await client.send(head + body)
         answer = await client.read_to_end()
-    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert b"data: [DONE]\n\n" in answer
+    head, _, stream = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nconnection: close" in head
+    assert b"transfer-encoding" not in head
+    assert len(openai_chunks(stream)) == 4
+
+
+async def test_http_1_0_with_a_length(edge: EdgeProcess) -> None:
+    async with RawClient(edge.port) as client:
+        await client.send(b"GET /health HTTP/1.0\r\n\r\n")
+        head, _, body = (await client.read_to_end()).partition(b"\r\n\r\n")
+    assert b"\r\ncontent-length: 15\r\n" in head
+    assert body == b'{"status":"ok"}'
 
 
 async def test_a_body_in_single_bytes(edge: EdgeProcess) -> None:
@@ -39,6 +52,10 @@ async def test_what_is_no_http_is_a_400(edge: EdgeProcess) -> None:
         answer = await client.read_to_end()
     assert answer.startswith(b"HTTP/1.1 400")
     assert b'{"error":{"message":' in answer
+    request_id = re.search(rb"\r\nx-request-id: (req-\w+)\r\nrequest-id: \1\r\n", answer)
+    assert request_id
+    line = await edge.line(lambda line: line.get("request_id") == request_id[1].decode())
+    assert (line["event"], line["status"]) == ("request", 400)
 
 
 async def test_endless_headers_are_a_431(edge: EdgeProcess) -> None:

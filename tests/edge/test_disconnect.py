@@ -1,6 +1,7 @@
 """A client that goes away, in whatever manner and phase, ends its generation."""
 
 import asyncio
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -223,13 +224,23 @@ async def test_a_slow_request_is_cut_off(target: str) -> None:
         async with RawClient(edge.port) as client:
             assert await client.read_to_end() == b""
         async with RawClient(edge.port) as client:
-            await client.send(request_bytes(*REQUESTS["chat"])[:-3])
-            assert await client.read_to_end() == b""
+            await client.send(request_bytes(*REQUESTS["chat"], x_request_id="stalled")[:-3])
+            answer = await client.read_to_end()
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"\r\nx-request-id: stalled\r\n" in answer
+        line = await edge.request_line("stalled")
+        assert (line["status"], line["finish"]) == (408, "read_timeout")
         async with RawClient(edge.port) as client:
             await client.send(request_bytes("/health", method="GET"))
             await client.read_until(b'{"status":"ok"}')
+            client.received = b""
             await client.send(b"GET /hea")
-            await client.read_to_end()
+            answer = await client.read_to_end()
+        assert answer.startswith(b"HTTP/1.1 408")
+        request_id = re.search(rb"\r\nrequest-id: (req-\w+)\r\n", answer)
+        assert request_id
+        line = await edge.line(lambda line: line.get("request_id") == request_id[1].decode())
+        assert (line["status"], line["finish"]) == (408, "read_timeout")
 
 
 async def test_connections_can_be_reused(edge: EdgeProcess, worker: ScriptedWorker) -> None:

@@ -9,7 +9,13 @@ import pytest
 from tests.edge.edge_process import EdgeProcess, running_edge
 from tests.edge.fixtures import SHARED_SETTINGS
 from tests.edge.raw_http import RawClient, request_bytes
-from tests.edge.scripted_worker import CREATED, MODEL, ScriptedWorker, start_server
+from tests.edge.scripted_worker import (
+    CREATED,
+    MODEL,
+    ScriptedCall,
+    ScriptedWorker,
+    start_server,
+)
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 LIMIT = int(str(SHARED_SETTINGS["max_body_bytes"]))
@@ -202,23 +208,63 @@ async def test_what_is_not_served(
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+async def hanging(call: ScriptedCall) -> None:
+    await call.started()
+    await call.hang()
+
+
 async def test_too_many_connections_are_a_429(target: str, worker: ScriptedWorker) -> None:
-    async with running_edge(target, max_connections=2) as edge:
+    async with running_edge(target, max_connections=2, cors_origins="https://a.example") as edge:
         async with RawClient(edge.port) as first, RawClient(edge.port) as second:
+            worker.script = hanging
             for client in (first, second):
-                await client.send(request_bytes("/v1/models", method="GET"))
-                await client.read_until(b"list")
+                await client.send(request_bytes("/v1/chat/completions", CHAT | {"stream": True}))
+                await client.read_until(b"assistant")
             async with RawClient(edge.port) as third:
-                await third.send(request_bytes("/v1/chat/completions", CHAT))
+                await third.send(
+                    request_bytes("/v1/chat/completions", CHAT, origin="https://a.example")
+                )
                 answer = await third.read_to_end()
                 assert answer.startswith(b"HTTP/1.1 429")
                 assert b"retry-after: 1\r\n" in answer
-            async with RawClient(edge.port) as probe:
-                await probe.send(request_bytes("/health", method="GET"))
-                assert (await probe.read_until(b"ok")).startswith(b"HTTP/1.1 200")
+                assert b"access-control-allow-origin: https://a.example\r\n" in answer
+            for path in ("/health", "/ready"):
+                async with RawClient(edge.port) as probe:
+                    await probe.send(request_bytes(path, method="GET"))
+                    assert (await probe.read_until(b"status")).startswith(b"HTTP/1.1 200")
+            assert [call.was_cancelled for call in worker.calls] == [False, False]
+        worker.reset()
         async with RawClient(edge.port) as later:
             await later.send(request_bytes("/v1/chat/completions", CHAT))
             assert (await later.read_until(b"usage")).startswith(b"HTTP/1.1 200")
+
+
+async def test_idle_connections_make_room(target: str, worker: ScriptedWorker) -> None:
+    """And those within the limit are not refused because another one came."""
+    models = request_bytes("/v1/models", method="GET")
+    async with (
+        running_edge(target, max_connections=2) as edge,
+        RawClient(edge.port) as idlest,
+        RawClient(edge.port) as idle,
+    ):
+        for client in (idlest, idle):
+            await client.send(models)
+            await client.read_until(b"list")
+        async with RawClient(edge.port) as third:
+            await third.send(models)
+            assert (await third.read_until(b"list")).startswith(b"HTTP/1.1 200")
+            assert (await idlest.read_to_end()).count(b"HTTP/1.1 200") == 1
+            idle.received = b""
+            await idle.send(models)
+            assert (await idle.read_until(b"list")).startswith(b"HTTP/1.1 200")
+            worker.script = hanging
+            stream = request_bytes("/v1/chat/completions", CHAT | {"stream": True})
+            for client in (idle, third):
+                await client.send(stream)
+                await client.read_until(b"assistant")
+            async with RawClient(edge.port) as fourth:
+                await fourth.send(models)
+                assert (await fourth.read_to_end()).startswith(b"HTTP/1.1 429")
 
 
 async def test_a_unix_socket_to_the_worker(
