@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
-from inference_worker.request_log import configure_logging, get_logger
+from inference_worker.request_log import configure_logging, flush_log, get_logger
 from inference_worker.served_model import ServedModel
 from inference_worker.server import AddressUnusable, Server
 from inference_worker.settings import WorkerSettings
@@ -20,6 +20,7 @@ from inference_worker.worker import Worker
 PROGRAM: Final = "inference_worker"
 _EXIT_FAILURE: Final = 1
 _ENGINE_STOP_SECONDS: Final = 10.0
+_LOG_SECONDS: Final = 1.0  # for the last lines, if somebody reads them
 # How long Python lets one thread hold the interpreter while another wants it. The engine's thread wants it all the
 # time; with the default of 5 ms every token waits that long for the event loop's turn.
 _SWITCH_SECONDS: Final = 0.0005
@@ -27,12 +28,14 @@ _SWITCH_SECONDS: Final = 0.0005
 LoadModel = Callable[[WorkerSettings], ServedModel]
 
 
-def run(settings: WorkerSettings, load_model: LoadModel) -> int:
-    """Serve until a signal or a crash; returns the exit code."""
+def run(settings: WorkerSettings, load_model: LoadModel) -> NoReturn:
+    """Serve until a signal or a crash, and end the process."""
     configure_logging(settings.log_level)
     sys.setswitchinterval(_SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_Process(settings, load_model).run())
+        code = runner.run(_Process(settings, load_model).run())
+    # Python would wait for a tokenizer that is busy with a prompt whose caller is long gone.
+    _exit_now(code)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -141,9 +144,9 @@ class _Process:
         self._stopping.set()
 
 
-def _exit_now(code: int) -> None:
-    """End without waiting for any thread."""
-    sys.stdout.flush()
+def _exit_now(code: int) -> NoReturn:
+    """End without waiting for any thread but the log's, and for that not long."""
+    flush_log(_LOG_SECONDS)  # stdout itself could block
     sys.stderr.flush()
     os._exit(code)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any, Final
 
 import structlog
@@ -16,6 +18,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 Logger = structlog.typing.FilteringBoundLogger
 
+# What may be waiting to be written: thousands of ordinary lines. With --log-prompts one line may have megabytes.
+_MAX_PENDING_CHARS: Final = 8 * 1024 * 1024
 _ID_CHARS: Final = 128  # of a request id; valid ones have no more
 
 
@@ -32,8 +36,9 @@ def configure_logging(level: str) -> None:
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=lambda *_: _Lines(),
+        logger_factory=lambda *_: _line_writer(),
     )
+    _line_writer()  # one for the whole process, made before there are other threads
     handler = _LinesHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -44,21 +49,71 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)
 
 
-class _Lines:
-    """Writes lines to stdout. A log that nobody reads any more must not fail the request that it is about."""
+class _LineWriter:
+    """Writes lines to stdout, on a thread of its own.
+
+    A stdout that nobody reads (a stopped terminal, a log driver that blocks) must not hold the event loop: what does
+    not fit the queue is dropped, and counted in a line of its own once there is room. Nor may a stdout that is gone
+    fail the request that a line is about.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[str] = deque()  # the first one is being written
+        self._pending_chars = 0
+        self._dropped = 0
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def write(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
-            print(line, flush=True)
+        """Queue a line, or drop it. Never waits for the reader."""
+        with self._changed:
+            if self._pending and self._pending_chars + len(line) > _MAX_PENDING_CHARS:
+                self._dropped += 1
+                return
+            self._pending.append(line)
+            self._pending_chars += len(line)
+            self._changed.notify_all()
 
     debug = info = warning = error = critical = write
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until everything is written; False if that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._pending, seconds)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending)
+                line = self._pending[0]
+            with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
+                print(line, flush=True)
+            with self._changed:
+                self._pending_chars -= len(self._pending.popleft())
+                self._report_dropped()
+                self._changed.notify_all()
+
+    def _report_dropped(self) -> None:
+        if self._dropped and self._pending_chars < _MAX_PENDING_CHARS // 2:
+            dropped, self._dropped = self._dropped, 0
+            get_logger().warning("log lines dropped", lines=dropped)
+
+
+@functools.cache
+def _line_writer() -> _LineWriter:
+    return _LineWriter()
 
 
 class _LinesHandler(logging.Handler):
     """The same for what libraries log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _Lines().write(self.format(record))
+        _line_writer().write(self.format(record))
+
+
+def flush_log(seconds: float) -> bool:
+    """Wait until every line so far is out, at the end of the process; False if that takes longer."""
+    return _line_writer().flush(seconds)
 
 
 def get_logger() -> Logger:

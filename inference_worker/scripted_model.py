@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from pydantic import Field
 
@@ -149,13 +149,13 @@ def load_script(settings: ScriptedSettings) -> ServedModel:
     return ServedModel(info=info, tokenizer=tokenizer, runner=runner)
 
 
-def main() -> int:
+def main() -> NoReturn:
     settings = read_settings(ScriptedSettings, "inference_worker.scripted_model", sys.argv[1:])
     end_on_signal()
     from inference_worker.process import run
 
-    return run(settings, lambda _: load_script(settings))
+    run(settings, lambda _: load_script(settings))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

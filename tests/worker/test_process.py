@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -71,12 +72,13 @@ async def test_streams_that_take_too_long_end_with_shutdown() -> None:
         began = time.monotonic()
         worker.send(signal.SIGTERM)
         messages += await read_rest(running)
+        took = time.monotonic() - began
         assert reasons(messages) == ["SHUTDOWN", "SHUTDOWN"]
         assert messages[-1].finished.HasField("usage")
         assert texts(messages)[1]
         assert await running.code() == grpc.StatusCode.OK
         assert await worker.wait() == 0
-        assert 0.2 <= time.monotonic() - began < 8
+        assert 0.2 <= took < 25  # far from the 30 seconds that the script would go on
 
 
 async def test_a_second_signal_exits_at_once() -> None:
@@ -89,11 +91,59 @@ async def test_a_second_signal_exits_at_once() -> None:
         await read_until(running, "delta")
         worker.send(signal.SIGTERM)
         await worker.read_until("draining")
-        began = time.monotonic()
         worker.send(signal.SIGTERM)
         assert await worker.wait() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 3
+        assert "stopped" not in worker.events()  # nothing was waited for
         running.cancel()
+
+
+SLOW_TOKENIZER = textwrap.dedent("""
+    import sys, time
+    from inference_worker.command_line import read_settings
+    from inference_worker.process import run
+    from inference_worker.scripted_model import ScriptedSettings, load_script
+
+    def load(settings):
+        served = load_script(settings)
+        served.tokenizer.encode = lambda text: time.sleep(100)
+        return served
+
+    run(read_settings(ScriptedSettings, "slow", sys.argv[1:]), load)
+    """)
+
+
+async def test_an_exit_does_not_wait_for_the_tokenizer() -> None:
+    async with (
+        ready_worker("--drain-seconds", "0.1", program=("-c", SLOW_TOKENIZER)) as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        call = stub.Generate(generate_request())
+        while (await stub.GetLoad(pb.GetLoadRequest())).requests == 0:
+            await asyncio.sleep(0.01)
+        worker.send(signal.SIGTERM)
+        assert reasons(await read_rest(call)) == ["SHUTDOWN"]
+        assert await asyncio.wait_for(worker.wait(), 30) == 0
+        assert worker.events()[-1] == "stopped"
+
+
+async def test_a_worker_whose_log_nobody_reads_serves_and_exits() -> None:
+    async with (
+        ready_worker("--log-prompts") as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        for _ in range(10):  # each more than a pipe holds
+            request = generate_request(text="word " * 60_000)
+            refusal = await asyncio.wait_for(refusal_of(stub.Generate(request)), 20)
+            assert refusal.info.reason == "CONTEXT_EXCEEDED"
+        messages = await asyncio.wait_for(read_rest(stub.Generate(generate_request())), 20)
+        assert reasons(messages) == ["LENGTH"]
+        worker.send(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            while worker.process.returncode is None:
+                await asyncio.sleep(0.05)
+        assert worker.process.returncode == 0
 
 
 async def test_a_crash_of_the_engine_ends_the_process() -> None:
@@ -105,9 +155,8 @@ async def test_a_crash_of_the_engine_ends_the_process() -> None:
         request = generate_request(sampling=pb.Sampling(seed=13), max_tokens=9)
         refusal = await refusal_of(stub.Generate(request))
         assert refusal.code == grpc.StatusCode.INTERNAL
-        began = time.monotonic()
         assert await worker.wait() == 1
-        assert time.monotonic() - began < 8
+        assert "draining" not in worker.events()  # there is nothing to wait for
         assert "the engine crashed" in worker.events()
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +14,8 @@ import grpc
 import pytest
 import structlog
 
-from inference_worker.request_log import configure_logging, get_logger
+from inference_worker import request_log
+from inference_worker.request_log import configure_logging, flush_log, get_logger
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.served_worker import generate_request, read_until, refusal_of, serve_script
 
@@ -19,21 +24,28 @@ SECRET = "a secret prompt"
 
 @pytest.fixture(autouse=True)
 def _json_lines(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    configure_logging("info")  # after capsys, so that it writes to what that captures
+    configure_logging("info")
     yield
+    flush_log(5)  # into what capsys captures
     structlog.reset_defaults()
+
+
+def output_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the log wrote since the last time."""
+    assert flush_log(5)
+    return capsys.readouterr().out
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     """The request lines; every line of the log is JSON."""
-    parsed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    parsed = [json.loads(line) for line in output_of(capsys).splitlines()]
     return [line for line in parsed if line["event"] == "request"]
 
 
 async def test_a_finished_request(capsys: pytest.CaptureFixture[str]) -> None:
     async with serve_script(model_name="mine") as worker:
         await worker.generate(text=SECRET, request_id="r1", n=2, max_tokens=3)
-        output = capsys.readouterr().out
+        output = output_of(capsys)
         assert SECRET not in output
         line = json.loads(output)
     assert line["request_id"] == "r1"
@@ -100,7 +112,7 @@ async def test_nobody_can_forge_a_line(capsys: pytest.CaptureFixture[str]) -> No
     async with serve_script(log_prompts=True) as worker:
         await worker.generate(text=evil)
         await refusal_of(worker.stub.Generate(generate_request(request_id=evil)))
-        output = capsys.readouterr().out
+        output = output_of(capsys)
     assert len(output.splitlines()) == 2
     assert output.isascii()
 
@@ -110,5 +122,37 @@ def test_lines_of_libraries_are_json_too(capsys: pytest.CaptureFixture[str]) -> 
 
     logging.getLogger("some.library").warning("odd\nthing")
     get_logger().debug("not written")
-    line = json.loads(capsys.readouterr().out)
+    line = json.loads(output_of(capsys))
     assert (line["event"], line["level"]) == ("odd\nthing", "warning")
+
+
+class Blocked(io.StringIO):
+    """A stdout that nobody reads, until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_released = threading.Event()
+
+    def flush(self) -> None:
+        self.is_released.wait(30)
+
+
+async def test_a_log_that_nobody_reads_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = Blocked()
+    monkeypatch.setattr(sys, "stdout", blocked)
+    monkeypatch.setattr(request_log, "_MAX_PENDING_CHARS", 2000)
+    try:
+        async with serve_script() as worker:
+            for _ in range(20):
+                await asyncio.wait_for(worker.generate(), 5)
+        assert not flush_log(0.01)
+    finally:
+        blocked.is_released.set()
+    assert flush_log(5)
+    parsed = [json.loads(line) for line in blocked.getvalue().splitlines()]
+    written = [line for line in parsed if line["event"] == "request"]
+    assert 1 <= len(written) < 20
+    dropped = parsed[-1]
+    assert (dropped["event"], dropped["level"]) == ("log lines dropped", "warning")
+    assert dropped["lines"] == 20 - len(written)
+    assert len(parsed) == len(written) + 1

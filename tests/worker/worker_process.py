@@ -12,6 +12,8 @@ from typing import Any
 
 from tests.worker.served_worker import environment
 
+SCRIPTED = ("-m", "inference_worker.scripted_model")  # what Python runs, without flags
+
 
 class WorkerProcess:
     """A started process; its log is read line by line."""
@@ -45,10 +47,12 @@ class WorkerProcess:
 
 
 @asynccontextmanager
-async def start_worker(*flags: str) -> AsyncIterator[WorkerProcess]:
+async def start_worker(
+    *flags: str, program: tuple[str, ...] = SCRIPTED
+) -> AsyncIterator[WorkerProcess]:
     """Start a worker on a free port; at the end of the block it is gone."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "inference_worker.scripted_model", "--port", "0"),
+        *(sys.executable, *program, "--port", "0"),
         *flags,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -64,8 +68,10 @@ async def start_worker(*flags: str) -> AsyncIterator[WorkerProcess]:
 
 
 @asynccontextmanager
-async def ready_worker(*flags: str) -> AsyncIterator[WorkerProcess]:
+async def ready_worker(
+    *flags: str, program: tuple[str, ...] = SCRIPTED
+) -> AsyncIterator[WorkerProcess]:
     """Start a worker and wait until it is ready."""
-    async with start_worker(*flags) as worker:
+    async with start_worker(*flags, program=program) as worker:
         worker.address = (await worker.read_until("ready"))["address"]
         yield worker
