@@ -2,15 +2,18 @@
 
 import sys
 
-import uvloop
-
-from edge.logs import configure_logging
-from edge.server import allow_connections, listen, serve
-from edge.settings import InvalidSettingsError, load_settings
+from edge.early_signals import end_on_signal
 
 
 def main() -> int:
     """0 after an orderly stop, 1 when it cannot listen, 2 for a setting that cannot be used."""
+    # Imported only now, when a signal no longer ends in a traceback.
+    import uvloop
+
+    from edge.logs import configure_logging
+    from edge.server import allow_connections, listen, serve
+    from edge.settings import InvalidSettingsError, load_settings
+
     try:
         settings = load_settings()
     except InvalidSettingsError as error:
@@ -29,4 +32,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_signal()
     sys.exit(main())

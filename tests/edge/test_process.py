@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -117,7 +118,7 @@ def test_a_host_that_is_not_ours_is_one_line_and_exit_1() -> None:
 
 def test_the_edge_is_thin() -> None:
     script = (
-        "import sys, edge.__main__\n"
+        "import sys, edge.__main__, edge.server\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'numpy', 'inference_worker'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -130,6 +131,23 @@ def test_the_edge_is_thin() -> None:
 async def stop(edge: EdgeProcess, number: signal.Signals = signal.SIGTERM) -> None:
     edge.process.send_signal(number)
     await edge.line(lambda line: line["event"] == "edge stopping")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_imports_ends_it_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "uvloop.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "edge", "--port=0"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=PATIENCE) == ("", "")
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
