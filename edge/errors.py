@@ -26,6 +26,9 @@ class EdgeError(Exception):
     retry_after_ms: int | None = None
     is_retryable: bool | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    # What the worker or the transport said, for the log alone.
+    grpc_code: str | None = None
+    grpc_details: str | None = None
 
     def __str__(self) -> str:
         return f"{self.status} {self.type}: {self.message}"
@@ -159,6 +162,12 @@ def from_finish(reason: pb.FinishReason.ValueType) -> EdgeError | None:
 
 def from_status(code: grpc.StatusCode, details: str | None, rich: bytes | None) -> EdgeError:
     """The failure behind the status of a call; `rich` is a serialized google.rpc.Status."""
+    error = _from_call_status(code, details, rich)
+    error.grpc_code, error.grpc_details = code.name, details
+    return error
+
+
+def _from_call_status(code: grpc.StatusCode, details: str | None, rich: bytes | None) -> EdgeError:
     info = _Details.parse(rich)
     row = STATUS_TABLE.get(code, _BUG)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not info.is_ours and _is_size(details):

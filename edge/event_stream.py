@@ -3,15 +3,18 @@
 import asyncio
 from dataclasses import dataclass
 
+import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from edge.dialects.dialect import StreamEncoder
 from edge.error_response import error_response
-from edge.errors import ClientGoneError, EdgeError
+from edge.errors import ClientGoneError, EdgeError, server_error
 from edge.generation import Generation
 from edge.protocol import EXTENSION, Connection
 from edge.request_log import RequestRecord
 from edge.worker_client import WorkerClient
+
+_log = structlog.get_logger("edge.request")
 
 PING = b": ping\n\n"
 HEADERS = [
@@ -55,6 +58,19 @@ class EventStream:
         self, generation: Generation, worker: WorkerClient, encoder: StreamEncoder
     ) -> None:
         """Sends the generation to its end. Failures become a status before the 200 and an event after it."""
+        try:
+            await self._run(generation, worker, encoder)
+        except EdgeError as error:
+            await self._fail(error, encoder)
+        except ClientGoneError:
+            raise
+        except Exception:
+            _log.exception("unexpected error", request_id=self._record.request_id)
+            await self._fail(server_error(), encoder)
+
+    async def _run(
+        self, generation: Generation, worker: WorkerClient, encoder: StreamEncoder
+    ) -> None:
         pinging = asyncio.create_task(self._ping_forever(generation), name="heartbeat")
         try:
             started = await generation.open(worker)
@@ -66,15 +82,12 @@ class EventStream:
                     has_token = True
                     self._record.first_token()
             await self._write(encoder.end(), is_last=True)
-        except EdgeError as error:
-            self._record.error(error)
-            pinging.cancel()
-            await self._fail(error, encoder)
         finally:
             pinging.cancel()
 
     async def _fail(self, error: EdgeError, encoder: StreamEncoder) -> None:
         async with self._writing:
+            self._record.error(error)
             if not self._is_begun:
                 self._is_begun = True
                 await error_response(error)(self._scope, self._receive, self._send)

@@ -19,6 +19,7 @@ CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Asked every few seconds by orchestrators, who must get their answer however many others are connected.
 _PROBES = frozenset({"/health", "/ready"})
+_MAX_DETAILS = 500
 _STATE_KEY = "sluice_record"
 _log = structlog.get_logger("edge.request")
 
@@ -34,6 +35,8 @@ class RequestRecord:
     begun: float = field(default_factory=time.monotonic)
     status: int | None = None
     is_client_gone: bool = False
+    # Whether somebody should look into it.
+    is_failure: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
     def seconds(self) -> float:
@@ -49,6 +52,13 @@ class RequestRecord:
         self.fields["error"] = error.type
         if error.param is not None:
             self.fields["param"] = error.param
+        if error.grpc_code is not None:
+            self.fields["grpc_code"] = error.grpc_code
+        if error.status >= 500 or self.status is not None:  # the latter: after the 200
+            self.is_failure = True
+            # Not of refusals: what a worker says of a field may quote it.
+            if error.grpc_details:
+                self.fields["grpc_details"] = error.grpc_details[:_MAX_DETAILS]
 
 
 def record_of(scope: Scope) -> RequestRecord:
@@ -120,6 +130,7 @@ class RequestLog:
                 record.error(failure)
                 await error_response(failure)(scope, receive, send)
             elif connection is not None:
+                record.is_failure = True
                 connection.cut()
 
     @staticmethod
@@ -132,6 +143,8 @@ class RequestLog:
             if connection.finish is not None:
                 record.fields["finish"] = connection.finish
         write = _log.debug if scope["path"] in _PROBES else _log.info
+        if record.is_failure:
+            write = _log.warning
         write(
             "request",
             request_id=record.request_id,

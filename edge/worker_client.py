@@ -152,6 +152,7 @@ class WorkerClient:
 
     def _set(self, is_serving: bool, reason: str) -> None:
         if (is_serving, reason) != (self._is_serving, self._reason) or not self._known.is_set():
-            _log.info("worker health", serving=is_serving, reason=reason or None)
+            target = self._settings.worker
+            _log.info("worker health", target=target, serving=is_serving, reason=reason or None)
         self._is_serving, self._reason = is_serving, reason
         self._known.set()

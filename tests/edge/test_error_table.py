@@ -165,8 +165,9 @@ async def test_failure_after_the_200_is_an_error_event_and_a_cut_body(
 
     worker.script = script
     path, body = ROUTES[route]
+    client_id = f"after-{route}-{code.name}"
     async with RawClient(edge.port) as client:
-        await client.send(request_bytes(path, body))
+        await client.send(request_bytes(path, body, x_request_id=client_id))
         head, stream, is_complete = split_chunked(await client.read_to_end())
     assert head.startswith(b"HTTP/1.1 200")
     assert not is_complete, "a failed stream must not look complete"
@@ -180,6 +181,53 @@ async def test_failure_after_the_200_is_an_error_event_and_a_cut_body(
         assert last.last_event_id.endswith("-2-end")
     else:
         assert stream.split(b"\n\n")[-2].startswith(b'data: {"error":{"message":')
+    assert b"the worker's words" not in stream
+    line = await edge.request_line(client_id)
+    assert (line["level"], line["status"]) == ("warning", 200)
+    assert (line["grpc_code"], line["grpc_details"]) == (code.name, "the worker's words")
+
+
+async def test_the_log_tells_failures_from_refusals(
+    http: httpx.AsyncClient, edge: EdgeProcess, worker: ScriptedWorker
+) -> None:
+    for code, level, details in (
+        (Code.INTERNAL, "warning", "words"),
+        (Code.UNAVAILABLE, "warning", "words"),
+        (Code.INVALID_ARGUMENT, "info", None),
+    ):
+        worker.script = failing(code, "words", error_info("X"))
+        client_id = f"log-{code.name}"
+        await http.post(
+            "/v1/completions", json={"prompt": "x"}, headers={"x-request-id": client_id}
+        )
+        line = await edge.request_line(client_id)
+        assert (line["level"], line["grpc_code"]) == (level, code.name)
+        assert line.get("grpc_details") == details
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+async def test_an_unexpected_error_after_the_200_is_an_error_event_too(
+    edge: EdgeProcess, worker: ScriptedWorker, route: str
+) -> None:
+    async def script(call: ScriptedCall) -> None:
+        await call.started()
+        await call.delta("partly")
+        await call.delta("of a choice that nobody asked for", choice=7)
+        await call.hang()
+
+    worker.script = script
+    seen = len(edge.lines)
+    async with RawClient(edge.port) as client:
+        await client.send(request_bytes(*ROUTES[route], x_request_id=f"bug-{route}"))
+        _, stream, is_complete = split_chunked(await client.read_to_end())
+    assert not is_complete
+    assert b"partly" in stream
+    assert parse(stream).events[-1].json()["error"]["type"] == "server_error"
+    assert (await edge.request_line(f"bug-{route}"))["level"] == "warning"
+    line = await edge.line(lambda line: line["event"] == "unexpected error", since=seen)
+    assert "IndexError" in line["exception"]
+    await worker.call.ended.wait()
+    assert worker.call.was_cancelled
 
 
 @pytest.mark.parametrize("route", ["chat unstreamed", "completions unstreamed"])

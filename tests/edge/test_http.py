@@ -114,7 +114,7 @@ async def test_one_log_line_a_request_without_text(
     refused = await edge.request_line("log-2")
     assert (refused["status"], refused["error"]) == (400, "invalid_request_error")
     assert sum(line.get("client_request_id") == "log-1" for line in edge.lines) == 1
-    assert not any("secret" in json.dumps(line) for line in edge.lines)
+    assert not any("secret prompt" in json.dumps(line) for line in edge.lines)
 
 
 async def test_cors(http: httpx.AsyncClient) -> None:
@@ -150,6 +150,7 @@ async def test_no_cors_by_default_and_health_follows_the_worker(
         assert "access-control-allow-origin" not in response.headers
 
         assert (await http.get("/ready")).status_code == 200
+        assert (await edge.line(lambda line: line.get("serving") is True))["target"] == target
         seen = len(edge.lines)
         await worker.set_serving(False)
         try:
