@@ -6,19 +6,15 @@ from edge.early_signals import end_on_signal
 
 
 def main() -> int:
-    """0 after an orderly stop, 1 when it cannot listen, 2 for a setting that cannot be used."""
+    """0 after an orderly stop, 1 when it cannot listen. Raises SystemExit(2) for a setting that cannot be used."""
     # Imported only now, when a signal no longer ends in a traceback.
     import uvloop
 
+    from edge.command_line import read_settings
     from edge.logs import configure_logging
     from edge.server import allow_connections, listen, serve
-    from edge.settings import InvalidSettingsError, load_settings
 
-    try:
-        settings = load_settings()
-    except InvalidSettingsError as error:
-        print(f"edge: {error}", file=sys.stderr)
-        return 2
+    settings = read_settings(sys.argv[1:])
     configure_logging(settings.log_level)
     try:
         listener = listen(settings)

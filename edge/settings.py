@@ -1,123 +1,173 @@
 """Every setting of the edge, read once from flags and SLUICE_EDGE_* variables."""
 
-import sys
-from collections.abc import Sequence
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "SLUICE_EDGE_"
 
+_HOST = r"(\[[0-9A-Fa-f:.]+\]|[^\s/:@?#\[\]]+)"
+# gRPC's own forms of a target, where dns: may name the server to ask.
+_TARGET = re.compile(rf"(dns:(//[^\s/]*/)?|ipv4:|ipv6:)?{_HOST}:(?P<port>[0-9]{{1,5}})|unix:\S+")
+_ORIGIN = re.compile(rf"\*|[A-Za-z][A-Za-z0-9+.-]*://{_HOST}(:[0-9]{{1,5}})?")
 
-class InvalidSettingsError(Exception):
-    """A setting has a value that cannot be used. The text is one line that names it."""
+
+def unit(name: str) -> dict[str, Any]:
+    """What a setting counts; --help shows it as the flag's placeholder."""
+    return {"unit": name}
 
 
 class EdgeSettings(BaseSettings):
-    """Settings of the edge."""
+    """Serve HTTP and server-sent events in front of one worker."""
 
     model_config = SettingsConfigDict(
-        frozen=True,
         env_prefix=ENV_PREFIX,
         env_ignore_empty=True,
-        cli_prog_name="python -m edge",
-        cli_kebab_case=True,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-        cli_show_env_vars=True,
-        cli_exit_on_error=False,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
     )
 
-    host: str = Field("0.0.0.0", description="Address to listen on.")  # noqa: S104
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on. There is no authentication: only trusted callers should reach it.",
+        json_schema_extra=unit("address"),
+    )
     port: int = Field(
-        8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one."
+        8000,
+        ge=0,
+        le=65535,
+        description="TCP port to listen on; 0 picks a free one.",
+        json_schema_extra=unit("port"),
     )
     worker: str = Field(
         "localhost:50051",
         description="gRPC target of the worker: host:port, or unix:/path.",
+        json_schema_extra=unit("target"),
     )
     cors_origins: str = Field(
         "",
-        description="Browser origins that may call, comma separated; * for all, empty for none.",
+        description="Browser origins that may call, separated by commas: scheme://host[:port], or * for all.",
+        json_schema_extra=unit("origins"),
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe log lines written."
+        "info",
+        description="Least severe log lines written: debug, info, warning or error.",
+        json_schema_extra=unit("level"),
     )
     heartbeat_seconds: float = Field(
-        15, gt=0, le=3600, description="Silence, in seconds, after which a stream gets a `: ping`."
+        15,
+        gt=0,
+        le=3600,
+        description="Silence after which a stream gets a `: ping`.",
+        json_schema_extra=unit("seconds"),
     )
     first_message_seconds: float = Field(
         5,
         gt=0,
         le=3600,
-        description="Seconds to wait for the worker's first message before a stream's 200 goes out"
+        description="Time to wait for the worker's first message before a stream's 200 goes out"
         " without it.",
+        json_schema_extra=unit("seconds"),
     )
     request_timeout_seconds: float = Field(
-        600, gt=0, le=86400, description="Deadline of a generation, in seconds."
+        600,
+        gt=0,
+        le=86400,
+        description="Deadline of a generation.",
+        json_schema_extra=unit("seconds"),
     )
     read_timeout_seconds: float = Field(
-        30, gt=0, le=3600, description="Seconds a client may take to send one whole request."
+        30,
+        gt=0,
+        le=3600,
+        description="Time a client may take to send one whole request.",
+        json_schema_extra=unit("seconds"),
     )
     send_timeout_seconds: float = Field(
         30,
         gt=0,
         le=3600,
-        description="Seconds after which a client that stopped reading is dropped.",
+        description="Time after which a client that stopped reading is dropped.",
+        json_schema_extra=unit("seconds"),
     )
     connect_timeout_seconds: float = Field(
         2,
         gt=0,
         le=60,
-        description="Seconds a request may wait while the worker's health is not yet known, and the"
+        description="Time a request may wait while the worker's health is not yet known, and the"
         " time limit of a call that only asks the worker something.",
+        json_schema_extra=unit("seconds"),
     )
     unready_seconds: float = Field(
         0,
         ge=0,
         le=600,
-        description="Seconds between telling /ready that the edge stops and refusing new work, for"
+        description="Time between telling /ready that the edge stops and refusing new work, for"
         " load balancers to notice.",
+        json_schema_extra=unit("seconds"),
     )
     drain_seconds: float = Field(
-        30, ge=0, le=3600, description="Seconds that running generations get to end on shutdown."
+        30,
+        ge=0,
+        le=3600,
+        description="Time that running generations get to end on shutdown.",
+        json_schema_extra=unit("seconds"),
     )
     max_connections: int = Field(
-        4096, ge=1, description="Open connections above which new requests get a 429."
+        4096,
+        ge=1,
+        description="Open connections above which those that come get a 429.",
+        json_schema_extra=unit("connections"),
     )
     max_body_bytes: int = Field(
-        4 * 1024 * 1024, ge=1024, le=2**30, description="Largest request body, in bytes."
+        4 * 1024 * 1024,
+        ge=1024,
+        le=2**30,
+        description="Largest request body.",
+        json_schema_extra=unit("bytes"),
     )
     max_json_depth: int = Field(
-        32, ge=4, le=512, description="Deepest nesting of a request body, in levels."
+        32,
+        ge=4,
+        le=512,
+        description="Deepest nesting of a request body.",
+        json_schema_extra=unit("levels"),
     )
     max_prompts: int = Field(
-        32, ge=1, le=1024, description="Most prompts in one /v1/completions request."
+        32,
+        ge=1,
+        le=1024,
+        description="Most prompts in one /v1/completions request.",
+        json_schema_extra=unit("prompts"),
     )
     max_message_bytes: int = Field(
         64 * 1024 * 1024,
         ge=1024 * 1024,
         le=2**31 - 1,
-        description="Largest gRPC message from or to the worker, in bytes.",
+        description="Largest gRPC message from or to the worker.",
+        json_schema_extra=unit("bytes"),
     )
+
+    @field_validator("worker")
+    @classmethod
+    def _is_target(cls, value: str) -> str:
+        match = _TARGET.fullmatch(value)
+        if match is None or (match["port"] and not 0 < int(match["port"]) < 65536):
+            raise ValueError("must be host:port or unix:/path")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} must be * or scheme://host[:port]")
+        return value
 
     def allowed_origins(self) -> list[str]:
         """The CORS origins as a list."""
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
-
-
-def load_settings(arguments: Sequence[str] | None = None) -> EdgeSettings:
-    """Reads flags (by default those of the process) and environment, or raises InvalidSettings."""
-    try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
-        return CliApp.run(EdgeSettings, cli_args=given, cli_exit_on_error=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        flag, variable = "--" + name.replace("_", "-"), ENV_PREFIX + name.upper()
-        text = f"{flag} ({variable}): {first['msg']}, got {first['input']!r}"
-        raise InvalidSettingsError(" ".join(text.split())) from None
-    except SettingsError as error:
-        text = str(error).removeprefix("error parsing CLI: ")
-        raise InvalidSettingsError(" ".join(text.split())) from None

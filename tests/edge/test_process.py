@@ -13,14 +13,14 @@ import httpx
 import pytest
 
 from edge.__main__ import main
-from edge.settings import ENV_PREFIX, EdgeSettings, InvalidSettingsError, load_settings
+from edge.command_line import read_settings
+from edge.settings import ENV_PREFIX, EdgeSettings
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
 from tests.edge.raw_http import RawClient, request_bytes, split_chunked
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, start_server
 from tests.edge.sse import parse
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
-UNITS = ("second", "byte", "level", "connection", "prompt", "port")
 
 
 def run_edge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,13 +41,14 @@ def test_help_lists_every_setting_with_default_unit_and_variable() -> None:
     text = " ".join(done.stdout.replace("-\n", "-").split())
     for name, field in EdgeSettings.model_fields.items():
         flag = "--" + name.replace("_", "-")
-        entry = re.search(rf"(?<!\[){flag} (?:\S+ )?(?!\S*\])[A-Za-z].*?\[env: (\w+)\]", text)
+        entry = re.search(
+            rf"(?<!\[){flag} ([A-Z]+) [A-Za-z][^()]*\(default: ([^;]*); env: (\w+)\)", text
+        )
         assert entry, flag
-        assert entry[1] == ENV_PREFIX + name.upper()
-        assert f"(default: {field.default})" in entry[0]
-        if field.annotation in (int, float):
-            described = (field.description or "").lower()
-            assert any(unit in described for unit in UNITS), name
+        assert entry[3] == ENV_PREFIX + name.upper()
+        counts = field.annotation in (int, float) and name != "port"
+        unit = f" {entry[1].lower()}" if counts else ""
+        assert entry[2] == (f"{field.default}{unit}" or "none")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,15 @@ def test_help_lists_every_setting_with_default_unit_and_variable() -> None:
         ([], {"SLUICE_EDGE_PORT": "http"}, "SLUICE_EDGE_PORT"),
         ([], {"SLUICE_EDGE_MAX_BODY_BYTES": "1"}, "SLUICE_EDGE_MAX_BODY_BYTES"),
         (["--nonsense"], {}, "--nonsense"),
-        (["stray"], {}, "stray"),
+        (["stray"], {}, "stray (--help lists the settings)"),
+        (["--host="], {}, "--host: "),
+        (["--worker="], {}, "--worker: must be host:port or unix:/path, got ''"),
+        (["--worker=nonsense"], {}, "--worker: must be host:port"),
+        (["--worker=http://worker:50051"], {}, "--worker: must be host:port"),
+        (["--worker=worker:70000"], {}, "--worker: must be host:port"),
+        ([], {"SLUICE_EDGE_WORKER": "nonsense"}, "edge: SLUICE_EDGE_WORKER: must be host:port"),
+        (["--cors-origins=foo"], {}, "--cors-origins: 'foo' must be * or scheme://host[:port]"),
+        (["--cors-origins=https://a.example,https://b.example/"], {}, "'https://b.example/'"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_exit_2(
@@ -75,7 +84,9 @@ def test_a_bad_setting_is_one_line_and_exit_2(
     monkeypatch.setattr(sys, "argv", ["edge", *arguments])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert main() == 2
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("edge: ")
@@ -92,11 +103,39 @@ def test_a_bad_setting_ends_the_process_with_2() -> None:
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_EDGE_PORT", "1111")
     monkeypatch.setenv("SLUICE_EDGE_HEARTBEAT_SECONDS", "")
-    assert load_settings([]).port == 1111
-    assert load_settings([]).heartbeat_seconds == 15
-    assert load_settings(["--port", "2222"]).port == 2222
-    with pytest.raises(InvalidSettingsError):
-        load_settings(["--port", "x"])
+    assert read_settings([]).port == 1111
+    assert read_settings([]).heartbeat_seconds == 15
+    assert read_settings(["--port", "2222"]).port == 2222
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [
+        "localhost:50051",
+        "10.0.0.1:1",
+        "[::1]:50051",
+        "worker_1.example:65535",
+        "dns:///worker:50051",
+        "dns:worker:50051",
+        "ipv4:10.0.0.1:50051",
+        "ipv6:[::1]:50051",
+        "unix:/run/worker.sock",
+        "unix:///run/worker.sock",
+    ],
+)
+def test_targets_of_grpc_are_taken(worker: str) -> None:
+    assert read_settings(["--worker", worker]).worker == worker
+
+
+def test_origins_are_taken() -> None:
+    given = "https://a.example, http://localhost:3000,app://x,http://[::1]:80"
+    assert len(read_settings(["--cors-origins", given]).allowed_origins()) == 4
+    assert read_settings(["--cors-origins", "*"]).allowed_origins() == ["*"]
+    assert read_settings(["--cors-origins="]).allowed_origins() == []
+
+
+def test_only_this_machine_reaches_it_by_default() -> None:
+    assert EdgeSettings.model_fields["host"].default == "127.0.0.1"
 
 
 def test_a_taken_port_is_one_line_and_exit_1() -> None:
