@@ -27,6 +27,7 @@ from inference_worker.prompt import PromptReader
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
 from inference_worker.served_model import ServedModel
+from inference_worker.watchdog import Watchdog
 from protos.sluice.v1 import generation_pb2 as pb
 
 
@@ -88,12 +89,16 @@ class Generation:
                     yield message
                 return
             stream = self._submit(prompt)
-            is_read = False
-            while not is_read:
-                events = await self._next(stream)
-                is_read = bool(events) and is_last(events[-1])
-                for message in self._write(events):
-                    yield message
+            with Watchdog(self._backend.heartbeat_seconds, stream.wake) as silence:
+                silence.begin()
+                is_read = False
+                while not is_read:
+                    events = await stream.next()
+                    is_read = bool(events) and is_last(events[-1])
+                    for message in self._write(events):
+                        silence.end()  # a write that takes long is no silence of ours
+                        yield message
+                        silence.begin()
         finally:
             # No await here: this also runs while the caller's task is being cancelled.
             if self._tokenizing is not None:
@@ -120,16 +125,6 @@ class Generation:
         self._request = request
         return stream
 
-    async def _next(self, stream: EventStream) -> Sequence[Event]:
-        """What is pending, once there is something; nothing if that takes as long as a heartbeat."""
-        # The header is always first: there is no heartbeat before it.
-        seconds = self._backend.heartbeat_seconds if self._is_started else None
-        try:
-            async with asyncio.timeout(seconds):
-                return await stream.next()
-        except TimeoutError:
-            return ()
-
     def _account(self, event: Event) -> None:
         """Bring the books up to date as the engine goes, however late the reader hears of it."""
         self._record.note(event)
@@ -154,7 +149,7 @@ class Generation:
         self._backend.registry.leave_queue(self._reading.request_id)
 
     def _write(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
-        if not events:
+        if not events and self._is_started:  # the header is always first
             yield self._writer.heartbeat()
         for event in events:
             match event:

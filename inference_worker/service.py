@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any, Final
 
 import grpc
 import grpc.aio
 
 from inference_worker.errors import InternalError, SlowReader, SluiceError, status_of
 from inference_worker.request_log import get_logger
+from inference_worker.watchdog import Watchdog
 from inference_worker.worker import Worker
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_ABORT_SECONDS: Final = 1.0
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -35,15 +38,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         async with _statuses(context), aclosing(self._worker.generate(request, deadline)) as stream:
-            async for message in stream:
-                await self._write(context, message)
-
-    async def _write(self, context: Context, message: pb.GenerateResponse) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_seconds):
-                await context.write(message)
-        except TimeoutError:
-            raise SlowReader(self._send_timeout_seconds) from None
+            with _Writer(context, self._send_timeout_seconds) as writer:
+                async for message in stream:
+                    try:
+                        await writer.write(message)
+                    except SlowReader as error:
+                        await stream.athrow(error)  # raises it again, once the log has it
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, context: Context
@@ -81,6 +81,42 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             return await self._worker.detokenize(request)
 
 
+class _Writer:
+    """Writes the messages of one stream, as long as its caller reads them. A context manager."""
+
+    def __init__(self, context: Context, timeout_seconds: float) -> None:
+        self._context = context
+        self._timeout_seconds = timeout_seconds
+        self._task = asyncio.current_task()
+        self._is_overdue = False
+        self._pending = Watchdog(timeout_seconds, self._give_up)
+
+    def __enter__(self) -> _Writer:
+        self._pending.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pending.__exit__()
+
+    async def write(self, message: pb.GenerateResponse) -> None:
+        """Write a message. Raises: SlowReader."""
+        self._pending.begin()
+        try:
+            await self._context.write(message)
+        except asyncio.CancelledError:
+            # A caller that goes away at this very moment has cancelled the task as well; that remains.
+            if self._is_overdue and self._task is not None and self._task.uncancel() == 0:
+                raise SlowReader(self._timeout_seconds) from None
+            raise
+        finally:
+            self._pending.end()
+
+    def _give_up(self) -> None:
+        if not self._is_overdue and self._task is not None:
+            self._is_overdue = True
+            self._task.cancel()
+
+
 @asynccontextmanager
 async def _statuses(context: Context) -> AsyncGenerator[None, None]:
     """End the call with the status of whatever error leaves the block; no internal text reaches the caller."""
@@ -102,4 +138,8 @@ async def _statuses(context: Context) -> AsyncGenerator[None, None]:
 
 async def _abort(context: Context, error: SluiceError) -> None:
     status = status_of(error)
-    await context.abort(status.code, status.message, status.trailing_metadata())
+    # A status waits behind the messages before it, for ever if nobody reads them. Once handed to gRPC it goes out
+    # whenever that is possible; no task has to wait for it.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_SECONDS):
+            await context.abort(status.code, status.message, status.trailing_metadata())

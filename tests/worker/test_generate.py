@@ -8,9 +8,10 @@ import time
 import grpc.aio
 import pytest
 
+from inference_worker.service import Context, GenerationService
 from protos.sluice.v1 import generation_pb2 as pb
-from protos.sluice.v1 import generation_pb2_grpc
 from tests.worker.served_worker import (
+    LONG_STREAMS,
     Call,
     Refusal,
     generate_request,
@@ -20,6 +21,7 @@ from tests.worker.served_worker import (
     reasons,
     refusal_of,
     serve_script,
+    stalled_call,
     texts,
 )
 
@@ -191,6 +193,14 @@ async def test_a_silent_stream_sends_heartbeats() -> None:
     assert texts(messages)[0]
 
 
+async def test_tokens_without_a_message_are_silence_too() -> None:
+    stopping = pb.Stopping(stop_sequences=["a" * 1000 + "b"])  # holds every "a" back
+    async with serve_script(text="a", step_milliseconds=10, heartbeat_seconds=0.1) as worker:
+        messages = await worker.generate(max_tokens=60, stopping=stopping)
+    assert kinds(messages)[1] == "heartbeat"
+    assert texts(messages) == {0: "a" * 60}
+
+
 async def test_heartbeats_come_in_the_queue_too() -> None:
     async with serve_script(max_running=1, step_milliseconds=10, heartbeat_seconds=0.05) as worker:
         first = worker.stub.Generate(generate_request(max_tokens=1000))
@@ -216,16 +226,10 @@ async def test_the_queue_position_counts_the_requests_before() -> None:
 
 
 async def test_a_slow_reader_gets_few_large_items() -> None:
-    # Without these options a client takes megabytes before anybody notices that it does not read.
-    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
     async with (
-        serve_script(context_length=8192, blocks=1024) as worker,
-        grpc.aio.insecure_channel(worker.address, options=narrow) as channel,
+        serve_script(**LONG_STREAMS) as worker,
+        stalled_call(worker, output=pb.Output(token_ids=True)) as slow,
     ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        request = generate_request(max_tokens=8000, output=pb.Output(token_ids=True))
-        slow = stub.Generate(request)
-        await slow.read()
         # The engine does not wait for the reader, and its blocks are free before the reader has gone on.
         await worker.wait_for(30, running=0, waiting=0, free_blocks=1024, requests=1)
         messages = await read_rest(slow)
@@ -235,33 +239,53 @@ async def test_a_slow_reader_gets_few_large_items() -> None:
     assert messages[-1].finished.usage.completion_tokens == 8000
 
 
-async def test_a_reader_that_does_not_read_gives_its_place_up() -> None:
-    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
+async def test_a_reader_that_does_not_read_gives_its_place_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handlers: list[str] = []  # those that have not ended
+    generate = GenerationService.Generate
+
+    async def count(self: GenerationService, request: pb.GenerateRequest, context: Context) -> None:
+        handlers.append(request.request_id)
+        try:
+            await generate(self, request, context)
+        finally:
+            handlers.remove(request.request_id)
+
+    monkeypatch.setattr(GenerationService, "Generate", count)
     async with (
-        serve_script(context_length=8192, blocks=1024, send_timeout_seconds=0.2) as worker,
-        grpc.aio.insecure_channel(worker.address, options=narrow) as channel,
+        serve_script(**LONG_STREAMS, send_timeout_seconds=0.2) as worker,
+        stalled_call(worker) as stalled,
     ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        request = generate_request(max_tokens=8000, output=pb.Output(token_ids=True, logprobs=5))
-        stalled = stub.Generate(request)
-        await stalled.read()
         await worker.wait_for(30, requests=0, running=0, free_blocks=1024)
+        async with asyncio.timeout(30):
+            while handlers:  # though the client still does not read
+                await asyncio.sleep(0.01)
         refusal = await refusal_of_rest(stalled)
     assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.ABORTED, "SLOW_READER")
 
 
-async def test_a_stalled_reader_holds_no_slot_once_the_engine_is_done() -> None:
-    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
-    settings = {"max_running": 1, "max_waiting": 0, "context_length": 8192, "blocks": 1024}
+async def test_a_stalled_reader_that_goes_away_is_no_slow_reader(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     async with (
-        serve_script(**settings) as worker,
-        grpc.aio.insecure_channel(worker.address, options=narrow) as channel,
+        serve_script(**LONG_STREAMS, send_timeout_seconds=30) as worker,
+        stalled_call(worker) as stalled,
     ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        output = pb.Output(token_ids=True, logprobs=5)
-        request = generate_request(max_tokens=8000, output=output, request_id="stalled")
-        stalled = stub.Generate(request)
-        await stalled.read()
+        await worker.wait_for(30, running=0, free_blocks=1024, requests=1)
+        stalled.cancel()
+        await worker.wait_idle()
+    output = capsys.readouterr().out
+    assert "status=CANCELLED" in output
+    assert "SLOW_READER" not in output
+
+
+async def test_a_stalled_reader_holds_no_slot_once_the_engine_is_done() -> None:
+    settings = {"max_running": 1, "max_waiting": 0}
+    async with (
+        serve_script(**settings, **LONG_STREAMS) as worker,
+        stalled_call(worker, request_id="stalled") as stalled,
+    ):
         await worker.wait_for(30, running=0, free_blocks=1024, requests=1)
         assert reasons(await worker.generate()) == ["LENGTH"]  # the only slot is free
         response = await worker.stub.Abort(pb.AbortRequest(request_id="stalled"))

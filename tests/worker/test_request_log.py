@@ -17,7 +17,14 @@ import structlog
 from inference_worker import request_log
 from inference_worker.request_log import configure_logging, flush_log, get_logger
 from protos.sluice.v1 import generation_pb2 as pb
-from tests.worker.served_worker import generate_request, read_until, refusal_of, serve_script
+from tests.worker.served_worker import (
+    LONG_STREAMS,
+    generate_request,
+    read_until,
+    refusal_of,
+    serve_script,
+    stalled_call,
+)
 
 SECRET = "a secret prompt"
 
@@ -87,6 +94,16 @@ async def test_refused_cancelled_late_and_failed_requests(
         await worker.wait_idle()
         (line,) = lines(capsys)
         assert line["status"] == "INTERNAL"
+
+
+async def test_a_stream_that_is_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    async with (
+        serve_script(**LONG_STREAMS, send_timeout_seconds=0.2) as worker,
+        stalled_call(worker),
+    ):
+        await worker.wait_for(30, requests=0)
+        (line,) = lines(capsys)
+    assert (line["status"], line["reason"]) == ("ABORTED", "SLOW_READER")
 
 
 async def test_a_bad_request_id_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
