@@ -1,6 +1,7 @@
 """The one table from the worker's statuses to HTTP, and the error that carries a row of it."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "sluice"
+# Fields of a GenerateRequest that stand in messages of it.
+_CONTRACT_PATH = re.compile(r"(?<![\w.])(?:prompt|sampling|stopping|output)(?:\.\w+|\[\w+\])+")
 RETRY_MIN_MS, RETRY_MAX_MS = 1000, 5000
 
 
@@ -34,11 +37,12 @@ class EdgeError(Exception):
         return f"{self.status} {self.type}: {self.message}"
 
     def rename_param(self, name: Callable[[str], str]) -> None:
-        """Calls the field that was refused, here and in the message, what the client calls it."""
+        """Calls the field that was refused, and all that the message names, what the client calls them."""
         if self.param is not None:
             path, self.param = self.param, name(self.param)
             if self.message.startswith(f"{path}:"):
                 self.message = self.param + self.message.removeprefix(path)
+        self.message = _CONTRACT_PATH.sub(lambda match: name(match[0]), self.message)
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error object of the OpenAI routes, which the native dialect shares."""
@@ -129,7 +133,7 @@ FINISH_TABLE: dict[pb.FinishReason.ValueType, Row] = {
 }
 
 _FALLBACK_MESSAGES = {
-    grpc.StatusCode.UNAVAILABLE: "No worker is ready.",
+    grpc.StatusCode.UNAVAILABLE: "The worker could not be reached, or was lost.",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "The server is overloaded; try again soon.",
 }
 

@@ -13,7 +13,18 @@ _DISCARD_FACTOR = 8
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises a 413 beyond `limit` bytes, ClientGoneError when the client leaves before its end."""
+    """The whole body.
+
+    Raises a 415 when it is compressed, a 413 beyond `limit` bytes, ClientGoneError when the client leaves early.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise EdgeError(
+            415,
+            "invalid_request_error",
+            "The request body must not be compressed: content-encoding is not supported.",
+            headers={"connection": "close", "accept-encoding": "identity"},
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit and "expect" in request.headers:
         raise _too_large(limit)

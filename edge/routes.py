@@ -19,7 +19,7 @@ from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
 
 # Every status that a generation may be refused with before its 200.
-GENERATE_ERRORS = (400, 401, 403, 404, 408, 409, 413, 429, 499, 500, 503, 504)
+GENERATE_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 499, 500, 503, 504)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,12 @@ class ChatMessage(RequestModel):
     """One message. The fields after `name` are those of an answer that is sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[TextPart]
+    content: str | Items[TextPart] | None = Field(
+        description="Null only in an assistant's message, where it is an empty text."
+    )
     name: str | None = None
     refusal: None = None
+    reasoning_content: None = None
     annotations: Nothing | None = None
     audio: None = None
     function_call: None = None
@@ -47,8 +50,8 @@ class ChatMessage(RequestModel):
 
     def text(self) -> str:
         """The content as one text."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
 
@@ -101,6 +104,12 @@ class ChatCompletionRequest(OpenAIFields):
 def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
     """A chat request in the contract's words."""
     chat = validate(ChatCompletionRequest, body)
+    chat.require_stream_for_options()
+    for index, message in enumerate(chat.messages):
+        if message.content is None and message.role != "assistant":
+            raise invalid_request(
+                "Only an assistant's content may be null.", f"messages[{index}].content"
+            )
     if chat.top_logprobs is not None and not chat.logprobs:
         raise invalid_request("top_logprobs needs logprobs to be true.", "top_logprobs")
     generation_id = new_id("chatcmpl")

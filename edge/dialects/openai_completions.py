@@ -89,6 +89,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
     """A completions request in the contract's words."""
     _refuse_many_prompts(body.get("prompt"), limits.max_prompts)
     completion = validate(CompletionRequest, body)
+    completion.require_stream_for_options()
     prompts = completion.prompts()
     generation_id = new_id("cmpl")
     template = _template(completion)
@@ -125,7 +126,7 @@ def _refuse_many_prompts(prompt: object, limit: int) -> None:
 
 def _template(completion: CompletionRequest) -> pb.GenerateRequest:
     logprobs = agreed({"logprobs": completion.logprobs, "top_n_tokens": completion.top_n_tokens})
-    echo = completion.echo if completion.echo is not None else completion.return_full_text
+    echo = agreed({"echo": completion.echo, "return_full_text": completion.return_full_text})
     if completion.stop is not None and completion.stop_sequences is not None:
         raise invalid_request("stop_sequences contradicts stop.", "stop_sequences")
     max_tokens = agreed(
@@ -167,6 +168,8 @@ def _names(completion: CompletionRequest) -> dict[str, str]:
         names["stopping.max_tokens"] = "max_new_tokens"
     if completion.stop_sequences is not None:
         names["stopping.stop_sequences"] = "stop_sequences"
+    if completion.return_full_text is not None:
+        names["output.echo"] = "return_full_text"
     if completion.top_n_tokens is not None:
         names["output.logprobs"] = "top_n_tokens"
     return names

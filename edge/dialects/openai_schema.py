@@ -1,11 +1,13 @@
 """Request fields that both OpenAI routes share, and how they read."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32
 from edge.errors import invalid_request
+
+Value = TypeVar("Value", int, bool)
 
 
 class StreamOptions(RequestModel):
@@ -45,6 +47,11 @@ class OpenAIFields(SamplingFields, StoppingFields):
 
     UNSUPPORTED = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "min_tokens"})
 
+    def require_stream_for_options(self) -> None:
+        """Raises a 400 for options of a stream that is none."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid_request("stream_options needs stream to be true.", "stream_options")
+
     def sends_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         options = self.stream_options
@@ -55,7 +62,7 @@ class OpenAIFields(SamplingFields, StoppingFields):
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
-def agreed(values: dict[str, int | None]) -> int | None:
+def agreed(values: dict[str, Value | None]) -> Value | None:
     """The one value that several names of one field have, or a 400."""
     given = {name: value for name, value in values.items() if value is not None}
     if len(set(given.values())) > 1:

@@ -182,6 +182,7 @@ async def test_failure_after_the_200_is_an_error_event_and_a_cut_body(
     else:
         assert stream.split(b"\n\n")[-2].startswith(b'data: {"error":{"message":')
     assert b"the worker's words" not in stream
+    assert b"No worker is ready" not in stream
     line = await edge.request_line(client_id)
     assert (line["level"], line["status"]) == ("warning", 200)
     assert (line["grpc_code"], line["grpc_details"]) == (code.name, "the worker's words")

@@ -1,5 +1,6 @@
 """What bodies become in the contract's words, and what is refused."""
 
+import gzip
 import json
 from typing import Any
 
@@ -138,6 +139,7 @@ async def test_chat_roles_and_parts(http: httpx.AsyncClient, worker: ScriptedWor
             {"role": "system", "content": ""},
             {"role": "user", "content": parts, "name": "bob"},
             answer,
+            {"role": "assistant", "content": None, "reasoning_content": None},
         ],
     )
     assert request["prompt"]["chat"]["messages"] == [
@@ -145,6 +147,7 @@ async def test_chat_roles_and_parts(http: httpx.AsyncClient, worker: ScriptedWor
         {"role": "system"},
         {"role": "user", "content": "ab", "name": "bob"},
         {"role": "assistant", "content": "yes"},
+        {"role": "assistant"},
     ]
 
 
@@ -259,6 +262,10 @@ async def test_unsupported_completions_features_are_named(
         ({"messages": HI, "nonsense": 1}, "nonsense"),
         ({"messages": HI, "stream_options": {"nonsense": 1}}, "stream_options.nonsense"),
         ({"messages": HI, "top_logprobs": 2}, "top_logprobs"),
+        ({"messages": HI, "stream_options": {}}, "stream_options"),
+        ({"messages": HI, "stream_options": {}, "stream": False}, "stream_options"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [*HI, {"role": "assistant"}]}, "messages[1].content"),
         ({"messages": HI, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     ],
 )
@@ -326,6 +333,26 @@ async def test_bad_completion_prompts(http: httpx.AsyncClient, prompt: Any) -> N
     assert (await refused(http, COMPLETIONS, {"prompt": prompt}))["param"].startswith("prompt")
 
 
+async def test_echo_and_its_other_name(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    body = {"prompt": "x", "echo": False, "return_full_text": True}
+    assert (await refused(http, COMPLETIONS, body))["param"] == "echo"
+    request = await sent(http, worker, COMPLETIONS, echo=True, return_full_text=True)
+    assert request["output"] == {"echo": True}
+
+
+@EVERYWHERE
+async def test_a_compressed_body_is_a_415(
+    http: httpx.AsyncClient, worker: ScriptedWorker, path: str
+) -> None:
+    body = gzip.compress(json.dumps(INPUT[path]).encode())
+    response = await http.post(path, content=body, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert "content-encoding" in response.json()["error"]["message"]
+    assert worker.calls == []
+    headers = {"content-encoding": "identity"}
+    assert (await http.post(path, json=INPUT[path], headers=headers)).status_code == 200
+
+
 async def test_tgi_parameters(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
     request = await sent(
         http,
@@ -383,6 +410,26 @@ async def test_the_workers_field_names_become_the_dialects(
     worker.script = failing(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: no", bad_field(field))
     error = await refused(http, path, INPUT[path] | fields)
     assert (error["param"], error["message"]) == (param, f"{param}: no")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("prompt_logprobs needs output.echo", "prompt_logprobs needs return_full_text"),
+        ("output.echo, which stands first.", "return_full_text, which stands first."),
+        (
+            "output.echo: 0 only with stopping.max_tokens.",
+            "return_full_text: 0 only with max_tokens.",
+        ),
+        ("my.output.echo", "my.output.echo"),
+    ],
+)
+async def test_names_anywhere_in_the_workers_words(
+    http: httpx.AsyncClient, worker: ScriptedWorker, message: str, shown: str
+) -> None:
+    worker.script = failing(grpc.StatusCode.INVALID_ARGUMENT, message, bad_field("output.echo"))
+    error = await refused(http, COMPLETIONS, {"prompt": "x", "return_full_text": True})
+    assert (error["param"], error["message"]) == ("return_full_text", shown)
 
 
 async def test_request_ids_for_the_worker_are_the_edges_own(
