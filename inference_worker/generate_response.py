@@ -17,12 +17,13 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 
 class StreamWriter:
-    """Makes the GenerateResponse messages of one stream."""
+    """Makes the GenerateResponse messages of one stream. Made when the request is admitted."""
 
     def __init__(self, reading: Reading, model: ModelInfo, tokenizer: Tokenizer) -> None:
         self._reading = reading
         self._model = model
         self._tokenizer = tokenizer
+        self._created_at = time.time_ns()
         self._sequence_number = 0
         # Tokens of deltas that were not worth a message; they count in the choice's next one.
         self._uncounted: defaultdict[int, int] = defaultdict(int)
@@ -44,7 +45,7 @@ class StreamWriter:
             self._reading.max_tokens or 0 if request is None else request.stopping.max_tokens
         )
         started.n = self._reading.n
-        started.created_at.FromNanoseconds(time.time_ns())
+        started.created_at.FromNanoseconds(self._created_at)
         return message
 
     def delta(self, delta: event.Delta) -> pb.GenerateResponse | None:

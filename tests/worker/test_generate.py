@@ -54,6 +54,20 @@ async def test_a_stream_is_a_header_items_and_a_footer() -> None:
     )
 
 
+async def test_the_creation_time_is_that_of_admission(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized_at: list[int] = []
+    async with serve_script() as worker:
+        encode = worker.served.tokenizer.encode
+
+        def note_time(text: str) -> list[int]:
+            tokenized_at.append(time.time_ns())
+            return encode(text)
+
+        monkeypatch.setattr(worker.served.tokenizer, "encode", note_time)
+        messages = await worker.generate()
+    assert messages[0].started.created_at.ToNanoseconds() <= tokenized_at[0]
+
+
 async def test_unset_fields_are_resolved_and_told() -> None:
     async with serve_script(context_length=64, text=TEXT, repeats=1) as worker:
         request = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 10)))
@@ -174,14 +188,16 @@ async def test_echo_sends_the_prompt_first_and_scores_it_if_asked() -> None:
 
 
 async def test_an_item_without_text_is_not_sent_and_its_tokens_count_in_the_next() -> None:
-    async with serve_script(text="a🦊b") as worker:
-        messages = await worker.generate(max_tokens=30)
-        rich = await worker.generate(max_tokens=30, output=pb.Output(token_ids=True))
+    async with serve_script(text="a🦊b", repeats=5) as worker:
+        messages = await worker.generate(max_tokens=100)
+        rich = await worker.generate(max_tokens=100, output=pb.Output(token_ids=True))
     deltas = [message.delta for message in messages if message.HasField("delta")]
     assert all(delta.text for delta in deltas)
-    counted = sum(message.delta.token_count for message in rich)
-    assert abs(sum(delta.token_count for delta in deltas) - counted) <= 3  # of a cut character
-    assert texts(messages) == texts(rich)
+    assert len(deltas) < sum(len(message.delta.token_ids) for message in rich)
+    for stream in (messages, rich):
+        counted = sum(message.delta.token_count for message in stream)
+        assert counted == stream[-1].finished.usage.completion_tokens - 1  # all but the end
+        assert texts(stream) == {0: "a🦊b" * 5}
 
 
 async def test_a_silent_stream_sends_heartbeats() -> None:

@@ -46,15 +46,15 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
     """Abort was called."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 5
-    """The deadline passed; the deltas sent so far are all there is."""
+    """Not sent yet: a call whose deadline passes ends DEADLINE_EXCEEDED."""
     FINISH_REASON_SHUTDOWN: _FinishReason.ValueType  # 6
     """The worker shut down before the end."""
     FINISH_REASON_PREEMPTED: _FinishReason.ValueType  # 7
     """Gave its memory to others and could not come back."""
     FINISH_REASON_SLOW_READER: _FinishReason.ValueType  # 8
-    """The reader did not read."""
+    """Not sent yet: a call that its caller does not read ends ABORTED."""
     FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 9
-    """The model calls tools."""
+    """Not sent yet: a request with tools is UNIMPLEMENTED."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a choice ended."""
@@ -70,15 +70,15 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """Abort was called."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 5
-"""The deadline passed; the deltas sent so far are all there is."""
+"""Not sent yet: a call whose deadline passes ends DEADLINE_EXCEEDED."""
 FINISH_REASON_SHUTDOWN: FinishReason.ValueType  # 6
 """The worker shut down before the end."""
 FINISH_REASON_PREEMPTED: FinishReason.ValueType  # 7
 """Gave its memory to others and could not come back."""
 FINISH_REASON_SLOW_READER: FinishReason.ValueType  # 8
-"""The reader did not read."""
+"""Not sent yet: a call that its caller does not read ends ABORTED."""
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 9
-"""The model calls tools."""
+"""Not sent yet: a request with tools is UNIMPLEMENTED."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
 
 class _AbortOutcome:
@@ -884,7 +884,7 @@ class Timings(google.protobuf.message.Message):
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: builtins.int
     @property
     def queued(self) -> google.protobuf.duration_pb2.Duration:
-        """From admission to the first step."""
+        """From admission to the first step; the time that tokenizing took is part of it."""
 
     @property
     def prefill(self) -> google.protobuf.duration_pb2.Duration:
@@ -1093,7 +1093,7 @@ class GetLoadResponse(google.protobuf.message.Message):
     block_size: builtins.int
     """Tokens in a block."""
     waiting_tokens: builtins.int
-    """Prompt tokens of the waiting requests."""
+    """Prompt tokens of the waiting requests, as the limit counts them; estimates while a prompt is being tokenized."""
     max_running: builtins.int
     """Limit of running (--max-running)."""
     max_waiting: builtins.int

@@ -101,7 +101,7 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """Tells how busy the worker is, as of the end of the latest engine step.
+        """Tells how busy the worker is: the engine's figures as of the end of its latest step, the others as of now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -206,7 +206,7 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     """Describes the served model. Errors: NOT_FOUND when `model` names another one."""
 
     GetLoad: _GenerationServiceGetLoadType
-    """Tells how busy the worker is, as of the end of the latest engine step."""
+    """Tells how busy the worker is: the engine's figures as of the end of its latest step, the others as of now."""
 
     Tokenize: _GenerationServiceTokenizeType
     """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT, NOT_FOUND."""
@@ -285,7 +285,7 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         request: protos.sluice.v1.generation_pb2.GetLoadRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.sluice.v1.generation_pb2.GetLoadResponse, collections.abc.Awaitable[protos.sluice.v1.generation_pb2.GetLoadResponse]]:
-        """Tells how busy the worker is, as of the end of the latest engine step."""
+        """Tells how busy the worker is: the engine's figures as of the end of its latest step, the others as of now."""
 
     @abc.abstractmethod
     def Tokenize(
