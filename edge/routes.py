@@ -135,7 +135,8 @@ def _native_operations(
             "DELETE",
             "/v1/streams/{request_id}",
             info.abort,
-            "Aborts a generation that came over any connection.",
+            "Aborts a generation that came over any connection, by the id in its answer. A request with several prompts"
+            " is not found: close its connection.",
             shape.Aborted,
             (400, 404, 500, 503, 504),
         ),

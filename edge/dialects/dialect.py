@@ -44,7 +44,8 @@ class PromptLimits:
 class ParsedRequest:
     """A request as a dialect understood it."""
 
-    # The id that the client sees, and the prefix of those that the worker sees.
+    # The id that the client sees, and the worker too if there is one prompt. Of several each has this as the prefix of
+    # its own, so that no id aborts them all: DELETE does not find this one, and closing the connection ends them.
     generation_id: str
     # One for each prompt.
     requests: Sequence[pb.GenerateRequest]

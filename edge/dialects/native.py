@@ -8,8 +8,8 @@ from typing import Any, Literal
 from google.protobuf import duration_pb2
 from pydantic import Field
 
+from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits
-from edge.dialects.openai_wire import LOWEST_LOGPROB, field_names, new_id, shown_bytes
 from edge.dialects.schema import (
     Items,
     RequestModel,
@@ -253,14 +253,11 @@ def _delta_json(delta: pb.Delta) -> dict[str, Any]:
 
 
 def _candidate_json(candidate: pb.Candidate) -> dict[str, Any]:
-    logprob = None
-    if candidate.HasField("logprob"):
-        logprob = max(candidate.logprob, LOWEST_LOGPROB)
     return {
         "token_id": candidate.token_id,
         "token": shown_bytes(candidate.token),
         "bytes": list(candidate.token),
-        "logprob": logprob,
+        "logprob": shown_logprob(candidate),
     }
 
 

@@ -6,20 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_schema import OpenAIFields, agreed
-from edge.dialects.openai_wire import (
-    TEXT_MARK,
-    ChunkFrame,
-    UsageCount,
-    field_names,
-    finish_reason,
-    new_id,
-    shown_bytes,
-    shown_logprob,
-)
+from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason
 from edge.dialects.schema import Items, RequestModel, SomeItems, Uint32, validate
-from edge.errors import EdgeError, invalid_request
+from edge.errors import invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -160,74 +152,28 @@ def _max_tokens(chat: ChatCompletionRequest) -> int | None:
     )
 
 
-class ChatEncoder:
+class ChatEncoder(ChunkEncoder):
     """Messages to `chat.completion.chunk` events."""
 
-    def __init__(
-        self, generation_id: str, sends_usage: bool, sends_running_usage: bool, has_logprobs: bool
-    ) -> None:
-        self._frame = ChunkFrame(
-            generation_id, "chat.completion.chunk", sends_usage, sends_running_usage
-        )
-        self._has_logprobs = has_logprobs
-        # Whether deltas differ in their text alone.
-        self._is_plain = not (has_logprobs or sends_running_usage)
-        self._templates: list[tuple[bytes, bytes]] = []
+    object = "chat.completion.chunk"
 
-    def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
-        """The events of one message."""
-        kind = message.WhichOneof("event")
-        if kind == "delta":
-            delta = message.delta
-            self._frame.usage.delta(prompt, delta)
-            if self._is_plain:
-                before, after = self._templates[delta.choice_index]
-                return before + encode(delta.text) + after
-            logprobs = logprobs_json(delta) if self._has_logprobs else None
-            return self._chunk(delta.choice_index, {"content": delta.text}, logprobs)
-        if kind == "finished":
-            finished = message.finished
-            self._frame.usage.finished(prompt, finished)
-            return self._chunk(finished.choice_index, {}, None, finish_reason(finished))
-        if kind == "started":
-            return self._started(prompt, message.started)
-        return b""
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return _choice(index, {"content": text}, logprobs)
 
-    def end(self) -> bytes:
-        """Usage, if asked for, and the terminator."""
-        return self._frame.end()
+    def _first_choice(self, index: int, choices: int) -> dict[str, Any]:  # noqa: ARG002
+        return _choice(index, {"role": "assistant", "content": ""})
 
-    def error(self, error: EdgeError) -> bytes:
-        """The event of a failure."""
-        return self._frame.error(error)
+    def _last_choice(self, index: int) -> dict[str, Any]:
+        return _choice(index, {})
 
-    def _started(self, prompt: int, started: pb.Started) -> bytes:
-        self._frame.started(prompt, started)
-        choices = range(started.n)
-        self._templates = [
-            self._frame.split_at_text(_choice(index, {"content": TEXT_MARK})) for index in choices
-        ]
-        return b"".join(
-            self._chunk(index, {"role": "assistant", "content": ""}) for index in choices
-        )
-
-    def _chunk(
-        self,
-        index: int,
-        delta: dict[str, str],
-        logprobs: dict[str, Any] | None = None,
-        finish: str | None = None,
-    ) -> bytes:
-        return self._frame.chunk([_choice(index, delta, logprobs, finish)])
+    def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:  # noqa: ARG002
+        return logprobs_json(delta)
 
 
 def _choice(
-    index: int,
-    delta: dict[str, str],
-    logprobs: dict[str, Any] | None = None,
-    finish: str | None = None,
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
 class _Choice:

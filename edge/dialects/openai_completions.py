@@ -1,26 +1,19 @@
 """POST /v1/completions: plain text, several prompts at once, legacy log-probabilities."""
 
 import codecs
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_schema import OpenAIFields, agreed
-from edge.dialects.openai_wire import (
-    TEXT_MARK,
-    ChunkFrame,
-    UsageCount,
-    field_names,
-    finish_reason,
-    new_id,
-    shown_bytes,
-    shown_logprob,
-)
+from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason
 from edge.dialects.schema import Items, SomeItems, Uint32, validate
-from edge.errors import EdgeError, invalid_request
+from edge.errors import invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -208,86 +201,29 @@ def _top(entry: pb.TokenLogprob) -> dict[str, float | None] | None:
     return top
 
 
-class CompletionEncoder:
-    """Messages to `text_completion` events. Choice i of prompt p has index p*n + i."""
+class CompletionEncoder(ChunkEncoder):
+    """Messages to `text_completion` events."""
 
-    def __init__(
-        self,
-        generation_id: str,
-        sends_usage: bool,
-        sends_running_usage: bool,
-        has_logprobs: bool,
-        prompts: int,
-    ) -> None:
-        self._frame = ChunkFrame(generation_id, "text_completion", sends_usage, sends_running_usage)
-        self._has_logprobs = has_logprobs
-        self._prompts = prompts
-        self._n = 1
-        self._logprobs: dict[int, LegacyLogprobs] = {}
-        # Whether deltas differ in their text alone.
-        self._is_plain = not (has_logprobs or sends_running_usage)
-        self._templates: list[tuple[bytes, bytes]] = []
+    object = "text_completion"
 
-    def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
-        """The events of one message."""
-        kind = message.WhichOneof("event")
-        if kind == "delta":
-            delta = message.delta
-            index = prompt * self._n + delta.choice_index
-            self._frame.usage.delta(prompt, delta)
-            if self._is_plain:
-                before, after = self._templates[index]
-                return before + encode(delta.text) + after
-            logprobs = None
-            if self._has_logprobs:
-                logprobs = self._logprobs.setdefault(index, LegacyLogprobs()).of(delta)
-            return self._chunk(index, delta.text, logprobs)
-        if kind == "finished":
-            finished = message.finished
-            self._frame.usage.finished(prompt, finished)
-            index = prompt * self._n + finished.choice_index
-            return self._chunk(index, "", None, finish_reason(finished))
-        if kind == "started":
-            return self._started(prompt, message.started)
-        return b""
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._legacy: defaultdict[int, LegacyLogprobs] = defaultdict(LegacyLogprobs)
 
-    def end(self) -> bytes:
-        """Usage, if asked for, and the terminator."""
-        return self._frame.end()
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
-    def error(self, error: EdgeError) -> bytes:
-        """The event of a failure."""
-        return self._frame.error(error)
-
-    def _started(self, prompt: int, started: pb.Started) -> bytes:
-        self._frame.started(prompt, started)
-        self._n = started.n
-        self._templates += [
-            self._frame.split_at_text(_choice(prompt * self._n + index, TEXT_MARK))
-            for index in range(self._n)
-        ]
-        if self._n * self._prompts == 1:
-            return b""
+    def _first_choice(self, index: int, choices: int) -> dict[str, Any] | None:
         # Clients want to see choices in index order first; the worker may begin anywhere.
-        return b"".join(self._chunk(prompt * self._n + index, "") for index in range(self._n))
+        return None if choices == 1 else self._choice(index, "")
 
-    def _chunk(
-        self,
-        index: int,
-        text: str,
-        logprobs: dict[str, list[Any]] | None = None,
-        finish: str | None = None,
-    ) -> bytes:
-        return self._frame.chunk([_choice(index, text, logprobs, finish)])
+    def _last_choice(self, index: int) -> dict[str, Any]:
+        return self._choice(index, "")
 
-
-def _choice(
-    index: int,
-    text: str,
-    logprobs: dict[str, list[Any]] | None = None,
-    finish: str | None = None,
-) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+    def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:
+        return self._legacy[index].of(delta)
 
 
 class _Choice:

@@ -1,9 +1,8 @@
 """What both OpenAI routes send alike: chunk frames, usage, finish reasons, errors."""
 
-import uuid
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from edge.dialects.dialect import sse_data
 from edge.errors import EdgeError, from_finish, server_error
@@ -13,8 +12,6 @@ from protos.sluice.v1 import generation_pb2 as pb
 DONE = b"data: [DONE]\n\n"
 # Stands for the text in a template of an event.
 TEXT_MARK = "\x00text\x00"
-# JSON has no minus infinity; this is what OpenAI sends for it.
-LOWEST_LOGPROB = -9999.0
 
 FINISH_REASONS: dict[pb.FinishReason.ValueType, str] = {
     pb.FINISH_REASON_STOP: "stop",
@@ -24,29 +21,12 @@ FINISH_REASONS: dict[pb.FinishReason.ValueType, str] = {
 }
 
 
-def new_id(prefix: str) -> str:
-    """An id that the worker takes and nobody guesses."""
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
 def finish_reason(finished: pb.Finished) -> str:
     """OpenAI's word for a successful end; raises for any other."""
     reason = FINISH_REASONS.get(finished.finish_reason)
     if reason is None:
         raise from_finish(finished.finish_reason) or server_error()
     return reason
-
-
-def shown_bytes(token: bytes) -> str:
-    """A token's bytes as text; those that make no character are shown as \\xNN."""
-    return token.decode("utf-8", "backslashreplace")
-
-
-def shown_logprob(candidate: pb.Candidate) -> float | None:
-    """A log-probability that JSON can hold; None where nothing precedes the token."""
-    if not candidate.HasField("logprob"):
-        return None
-    return max(candidate.logprob, LOWEST_LOGPROB)
 
 
 @dataclass
@@ -140,15 +120,78 @@ class ChunkFrame:
         return sse_data(encode(error.body()))
 
 
-def field_names(table: dict[str, str]) -> Callable[[str], str]:
-    """Translates paths of the worker's contract: by the longest prefix in the table, else by the last part."""
+class ChunkEncoder(ABC):
+    """Messages to the events of an OpenAI stream. Choice i of prompt p has index p*n + i."""
 
-    def name(path: str) -> str:
-        prefix = path
-        while prefix:
-            if prefix in table:
-                return table[prefix] + path[len(prefix) :]
-            prefix = prefix[: max(prefix.rfind("."), prefix.rfind("["), 0)]
-        return path.rsplit(".", 1)[-1]
+    object: ClassVar[str]
 
-    return name
+    def __init__(
+        self,
+        generation_id: str,
+        sends_usage: bool,
+        sends_running_usage: bool,
+        has_logprobs: bool,
+        prompts: int = 1,
+    ) -> None:
+        self._frame = ChunkFrame(generation_id, self.object, sends_usage, sends_running_usage)
+        self._has_logprobs = has_logprobs
+        self._prompts = prompts
+        self._n = 1
+        # Whether deltas differ in their text alone.
+        self._is_plain = not (has_logprobs or sends_running_usage)
+        self._templates: list[tuple[bytes, bytes]] = []
+
+    def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
+        """The events of one message."""
+        kind = message.WhichOneof("event")
+        if kind == "delta":
+            delta = message.delta
+            index = prompt * self._n + delta.choice_index
+            self._frame.usage.delta(prompt, delta)
+            if self._is_plain:
+                before, after = self._templates[index]
+                return before + encode(delta.text) + after
+            logprobs = self._logprobs(index, delta) if self._has_logprobs else None
+            return self._frame.chunk([self._choice(index, delta.text, logprobs)])
+        if kind == "finished":
+            finished = message.finished
+            self._frame.usage.finished(prompt, finished)
+            choice = self._last_choice(prompt * self._n + finished.choice_index)
+            return self._frame.chunk([choice | {"finish_reason": finish_reason(finished)}])
+        if kind == "started":
+            return self._started(prompt, message.started)
+        return b""
+
+    def end(self) -> bytes:
+        """Usage, if asked for, and the terminator."""
+        return self._frame.end()
+
+    def error(self, error: EdgeError) -> bytes:
+        """The event of a failure."""
+        return self._frame.error(error)
+
+    def _started(self, prompt: int, started: pb.Started) -> bytes:
+        self._frame.started(prompt, started)
+        self._n = started.n
+        indexes = range(prompt * self._n, (prompt + 1) * self._n)
+        self._templates += [
+            self._frame.split_at_text(self._choice(index, TEXT_MARK, None)) for index in indexes
+        ]
+        first = (self._first_choice(index, self._n * self._prompts) for index in indexes)
+        return b"".join(self._frame.chunk([choice]) for choice in first if choice is not None)
+
+    @abstractmethod
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """A choice in the chunk of a delta."""
+
+    @abstractmethod
+    def _first_choice(self, index: int, choices: int) -> dict[str, Any] | None:
+        """A choice as it is first seen, if that is before its first delta; `choices` is how many there are."""
+
+    @abstractmethod
+    def _last_choice(self, index: int) -> dict[str, Any]:
+        """A choice in the chunk of its finish reason."""
+
+    @abstractmethod
+    def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:
+        """Log-probabilities of a delta."""

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.dialects.common import shown_bytes
 from edge.dialects.dialect import StreamEncoder
 from edge.dialects.native import NativeEncoder
 from edge.dialects.openai_chat import ChatEncoder
 from edge.dialects.openai_completions import CompletionEncoder
-from edge.dialects.openai_wire import shown_bytes
 from edge.errors import EdgeError
 from edge.json_codec import decode_object, encode
 from protos.sluice.v1 import generation_pb2 as pb

@@ -112,6 +112,30 @@ async def test_echo_as_evaluation_harnesses_want_it(
     assert whole["usage"]["completion_tokens"] == 1
 
 
+@pytest.mark.parametrize("logprob", [-math.inf, math.nan])
+async def test_what_json_cannot_say_is_the_lowest_and_no_null(
+    http: httpx.AsyncClient, worker: ScriptedWorker, logprob: float
+) -> None:
+    async def script(call: ScriptedCall) -> None:
+        await call.started()
+        await call.delta("a", logprobs=[entry(b"a", logprob, candidate(b"b", logprob))])
+        await call.finished()
+
+    worker.script = script
+    messages = [{"role": "user", "content": "x"}]
+    body: dict[str, object] = {"messages": messages, "logprobs": True, "top_logprobs": 1}
+    chat = (await http.post("/v1/chat/completions", json=body)).json()
+    (shown,) = chat["choices"][0]["logprobs"]["content"]
+    assert shown["logprob"] == shown["top_logprobs"][0]["logprob"] == -9999.0
+    legacy = (await http.post("/v1/completions", json={"prompt": "x", "logprobs": 1})).json()
+    shown = legacy["choices"][0]["logprobs"]
+    assert shown["token_logprobs"] == [-9999.0]
+    assert shown["top_logprobs"] == [{"a": -9999.0, "b": -9999.0}]
+    native = await http.post("/v1/streams", json={"prompt": "x", "logprobs": 1})
+    (shown,) = parse(native.content).events[1].json()["logprobs"]
+    assert shown["logprob"] == shown["top"][0]["logprob"] == -9999.0
+
+
 @pytest.mark.parametrize("fields", [{"logprobs": 1}, {"logprobs": 1, "return_token_ids": True}])
 async def test_native(
     http: httpx.AsyncClient, worker: ScriptedWorker, fields: dict[str, object]

@@ -117,6 +117,11 @@ async def test_answers_are_as_documented(
     check(document, "Error", (await http.post("/v1/completions", json={})).json())
 
 
+async def test_it_tells_what_delete_does_not_find(document: dict[str, Any]) -> None:
+    operation = document["paths"]["/v1/streams/{request_id}"]["delete"]
+    assert "several prompts is not found" in operation["summary"]
+
+
 async def test_the_check_above_can_fail(document: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError):
         check(document, "Health", {"status": "sick"})
