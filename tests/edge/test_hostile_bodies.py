@@ -3,12 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from edge.dialects import native, openai_chat, openai_completions, schema
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.errors import EdgeError
+from edge.json_codec import decode_object
 
 MANY = 20_000
 MOST_ERRORS = 100
@@ -115,3 +119,30 @@ def test_a_bad_prompt_is_explained(prompt: list[Any], message: str) -> None:
     with pytest.raises(EdgeError) as refused:
         openai_completions.parse({"prompt": prompt}, LIMITS)
     assert refused.value.message == message
+
+
+@given(
+    st.recursive(
+        st.sampled_from([1, "[[{", '"\\[', "]}"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("[{\\"), inner),
+        max_leaves=12,
+    )
+)
+def test_depth_is_counted_exactly(value: Any) -> None:
+    def depth(value: Any) -> int:
+        if isinstance(value, dict):
+            value = list(value.values())
+        return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
+
+    body = {"a": value}
+    data = orjson.dumps(body)
+    assert decode_object(data, depth(body)) == body
+    with pytest.raises(EdgeError, match="deeper"):
+        decode_object(data, depth(body) - 1)
+
+
+@pytest.mark.parametrize("data", [b"[" * 40, b"]" * 40, b"][" * 40, b"{", b"(" * 40 + b"[]"])
+def test_brackets_that_do_not_match_are_a_400(data: bytes) -> None:
+    with pytest.raises(EdgeError) as refused:
+        decode_object(data, 32)
+    assert refused.value.status == 400
