@@ -113,6 +113,19 @@ class EventStream:
             generation.stop(reason)
 
     async def _write(self, data: bytes, is_last: bool = False) -> None:
+        connection = self._connection
+        if (
+            self._is_begun
+            and connection is not None
+            and connection.is_writable
+            and not self._writing.locked()
+        ):
+            # Nearly always: such a send returns at once, so that nobody can come between and there is no time to limit.
+            await self._record.send_body(
+                {"type": "http.response.body", "body": data, "more_body": not is_last}
+            )
+            self._last_write = self._clock()
+            return
         async with self._writing:
             if not self._is_begun:
                 self._is_begun = True
