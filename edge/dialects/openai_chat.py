@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import ParsedRequest, PromptLimits
@@ -26,7 +26,10 @@ class TextPart(RequestModel):
 
 
 class ChatMessage(RequestModel):
-    """One message. The fields after `name` are those of an answer that is sent back as it came."""
+    """One message. The fields after `name` are those of an answer that is sent back as it came.
+
+    Other servers' answers have fields of their own, which are ignored in an assistant's message when they are null.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Items[TextPart] | None = Field(
@@ -34,11 +37,21 @@ class ChatMessage(RequestModel):
     )
     name: str | None = None
     refusal: None = None
-    reasoning_content: None = None
     annotations: Nothing | None = None
     audio: None = None
     function_call: None = None
     tool_calls: Nothing | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, value: object) -> object:
+        if not isinstance(value, dict) or value.get("role") != "assistant":
+            return value
+        return {
+            name: field
+            for name, field in value.items()
+            if field is not None or name in cls.model_fields
+        }
 
     def text(self) -> str:
         """The content as one text."""

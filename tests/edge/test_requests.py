@@ -139,7 +139,7 @@ async def test_chat_roles_and_parts(http: httpx.AsyncClient, worker: ScriptedWor
             {"role": "system", "content": ""},
             {"role": "user", "content": parts, "name": "bob"},
             answer,
-            {"role": "assistant", "content": None, "reasoning_content": None},
+            {"role": "assistant", "content": None, "reasoning_content": None, "other": None},
         ],
     )
     assert request["prompt"]["chat"]["messages"] == [
@@ -266,6 +266,11 @@ async def test_unsupported_completions_features_are_named(
         ({"messages": HI, "stream_options": {}, "stream": False}, "stream_options"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [*HI, {"role": "assistant"}]}, "messages[1].content"),
+        ({"messages": [HI[0] | {"other": None}]}, "messages[0].other"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "reasoning_content": "x"}]},
+            "messages[0].reasoning_content",
+        ),
         ({"messages": HI, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     ],
 )
