@@ -24,6 +24,8 @@ MAX_FIELD_BYTES = 64 * 1024
 _HEADER_FRAME_BYTES = 4
 
 
+_ERROR_TYPES = {400: "invalid_request_error", 408: "timeout", 431: "invalid_request_error"}
+
 _log = structlog.get_logger("edge.request")
 
 
@@ -243,7 +245,7 @@ class StreamProtocol(HttpToolsProtocol):
             # The application will not hear of it. How a request that cannot be read names itself is not known.
             self._log_refused(status, finish)
         shown_id = self._connection.shown_id.encode()
-        body = encode(EdgeError(status, "invalid_request_error", message).body())
+        body = encode(EdgeError(status, _ERROR_TYPES[status], message).body())
         self.transport.write(
             STATUS_LINE[status]
             + b"content-type: application/json\r\nconnection: close\r\n"
@@ -262,7 +264,7 @@ class StreamProtocol(HttpToolsProtocol):
             method=None,
             route=None,
             status=status,
-            error="invalid_request_error",
+            error=_ERROR_TYPES[status],
             **fields,
         )
 

@@ -227,6 +227,7 @@ async def test_a_slow_request_is_cut_off(target: str) -> None:
             await client.send(request_bytes(*REQUESTS["chat"], x_request_id="stalled")[:-3])
             answer = await client.read_to_end()
         assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"type":"timeout"' in answer
         assert b"\r\nx-request-id: stalled\r\n" in answer
         line = await edge.request_line("stalled")
         assert (line["status"], line["finish"]) == (408, "read_timeout")
