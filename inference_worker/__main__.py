@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from inference_worker.command_line import read_settings
 from inference_worker.early_signals import end_on_signal
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from inference_worker.served_model import ServedModel
 
 
-def main() -> int:
+def main() -> NoReturn:
     settings = read_settings(WorkerSettings, "inference_worker", sys.argv[1:])
     end_on_signal()
     # Imported only now: --help and a bad setting need neither grpc nor a tokenizer.
     from inference_worker.process import run
 
-    return run(settings, _load)
+    run(settings, _load)
 
 
 def _load(settings: WorkerSettings) -> ServedModel:
@@ -30,4 +30,4 @@ def _load(settings: WorkerSettings) -> ServedModel:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -48,6 +48,12 @@ class Tokenizer:
             for token_id, shown in enumerate(self._token_bytes)
         ]
         self._strips_first_space = _strips_first_space(decoder)
+        self._has_token_bound = (
+            bool(_decoder_kinds(decoder) & {"ByteLevel", "ByteFallback"})
+            and self._is_bytewise
+            and self._backend.normalizer is None
+            and not any(t.lstrip or t.rstrip for t in hf_tokenizer.added_tokens_decoder.values())
+        )
 
     @classmethod
     def load(cls, directory_or_id: str) -> Tokenizer:
@@ -62,10 +68,12 @@ class Tokenizer:
 
     @property
     def max_token_bytes(self) -> int | None:
-        """The most bytes of a text that one token can stand for; None if that is not known."""
-        if (
-            not self._is_bytewise or self._backend.normalizer is not None
-        ):  # which may shorten the text
+        """The most bytes of a text that one token can stand for; None if there is no such bound.
+
+        There is none where a normalizer shortens the text, an added token swallows the spaces around it, or one
+        unknown token stands for any text.
+        """
+        if not self._has_token_bound:
             return None
         return max(map(len, self._token_bytes), default=0)
 

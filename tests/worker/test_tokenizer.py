@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from inference_worker.default_model import CHECKPOINT
@@ -94,6 +94,17 @@ def test_tokens_that_depend_on_their_neighbours_are_decoded_together(tmp_path: P
     streamed = "".join(map(detokenizer.push, [1, 3, 2])) + detokenizer.flush()
     assert streamed == "ones two"
     assert tokenizer.max_token_bytes is None
+
+
+def test_the_bytes_of_a_token_are_bounded_only_where_they_are(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    assert tokenizer.max_token_bytes == max(
+        len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocabulary_size)
+    )
+    greedy = byte_level()
+    greedy.add_tokens([AddedToken("<x>", lstrip=True)])
+    assert save(tmp_path, greedy).max_token_bytes is None
 
 
 def test_saved_truncation_and_padding_do_not_touch_prompts(tmp_path: Path) -> None:
