@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -74,6 +75,9 @@ class _Process:
         worker.start()
         await server.start(worker)
         self._is_ready = True
+        # What is there now stays: a collection that looks through all of torch holds every stream up for some 30 ms.
+        gc.collect()
+        gc.freeze()
         self._tell_ready(server, served, worker)
         await self._stopping.wait()
         return await self._stop(server, worker)
