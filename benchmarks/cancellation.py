@@ -314,9 +314,9 @@ def _by_max_running(scenarios: Sequence[Scenario]) -> list[list[Scenario]]:
 
 async def run(plan: Sequence[tuple[Subject, Sequence[Scenario]]]) -> Table:
     """The table of all scenarios."""
-    header = ("Worker", "Phase", "Leave", "Stay", "Samples", "p50 ms", "p99 ms", "Step ms")
-    header = (*header, "p99 − step ms", "Resolution p50 ms", "p99 ms", "Step p99 ms")
-    table = Table(header, labels=2)
+    who = ("Worker", "Phase", "Leave", "Stay", "Samples")
+    times = ("p50 ms", "p99 ms", "Step ms", "p99 − step ms")
+    table = Table((*who, *times, "Resolution p50 ms", "p99 ms", "Step p99 ms"), labels=2)
     for subject, scenarios in plan:
         measured: dict[Scenario, Measurement] = {}
         for group in _by_max_running(scenarios):
@@ -354,8 +354,9 @@ def report(plan: Sequence[tuple[Subject, Sequence[Scenario]]]) -> Report:
         "Cancellation",
         (
             "From a client's close() to its sequence gone and its blocks free, as GetLoad tells it; `Resolution` is "
-            "the time between two answers of GetLoad. `Step` is the mean and `Step p99` the 99th percentile, measured in "
-            f"the same state. Expected: p99 is at most {_RESERVE_MS} ms above a step. Of fewer than 100 samples, p99 is the highest.",
+            "the time between two answers of GetLoad. `Step` is the mean and `Step p99` the 99th percentile of the "
+            f"steps just before. Expected: p99 is at most {_RESERVE_MS} ms above a step. Of fewer than 100 samples, "
+            "p99 is the highest.",
             str(table),
         ),
         load,
