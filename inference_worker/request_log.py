@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -87,7 +88,8 @@ class _LineWriter:
                 self._changed.wait_for(lambda: self._pending)
                 line = self._pending[0]
             with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
-                print(line, flush=True)
+                sys.stdout.write(f"{line}\n")  # in one piece: others may write to the same place
+                sys.stdout.flush()
             with self._changed:
                 self._pending_chars -= len(self._pending.popleft())
                 self._report_dropped()
