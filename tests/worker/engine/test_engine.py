@@ -6,9 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from inference_worker.engine.choice_output import MAX_ECHO_TOKENS
 from inference_worker.engine.detokenizer import ByteDetokenizer
@@ -440,82 +437,3 @@ def test_out_of_memory_is_retried_with_smaller_batches() -> None:
     events = run(engine)
     for i in range(4):
         assert completion(events[f"r{i}"]) == reference_completion([i, 1, 2], 5)
-
-
-class EngineMachine(RuleBasedStateMachine):
-    """Any sequence of add, step and cancel, in too little memory: no block is lost, every output is right."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        runner = HashRunner(12, 4, before_row=self.fail_if_bad)
-        self.engine = make_engine(runner, max_running=3, max_batch_tokens=7)
-        self.bad: set[str] = set()
-        self.requests: dict[str, Request] = {}
-        self.events: dict[str, list[Event]] = defaultdict(list)
-        self.cancelled: set[str] = set()
-
-    @rule(
-        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20),
-        max_tokens=st.integers(1, 20),
-        n=st.integers(1, 3),
-        seed=st.integers(0, 3),
-    )
-    def add(self, prompt: list[int], max_tokens: int, n: int, seed: int) -> None:
-        request = make_request(f"r{len(self.requests)}", prompt, max_tokens, n=n, seed=seed)
-        self.requests[request.request_id] = request
-        self.engine.add(request)
-
-    @rule(count=st.integers(1, 5))
-    def step(self, count: int) -> None:
-        for _ in range(count):
-            self.engine.step()
-        self.collect()
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data(), reason=st.sampled_from([None, FinishReason.CANCELLED]))
-    def cancel(self, data: st.DataObject, reason: FinishReason | None) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        self.engine.cancel(self.requests[request_id], reason)
-        self.cancelled.add(request_id)
-        self.collect()
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        self.bad.add(data.draw(st.sampled_from(sorted(self.requests))))
-
-    def fail_if_bad(self, row: Row) -> None:
-        if row.sequence.request.request_id in self.bad:
-            raise ArithmeticError("boom")
-
-    @invariant()
-    def no_block_is_lost(self) -> None:
-        self.engine.check()
-
-    def collect(self) -> None:
-        for request, event in self.engine.take_events():
-            self.events[request.request_id].append(event)
-
-    def teardown(self) -> None:
-        while self.engine.has_work:
-            self.engine.step()
-            self.engine.check()
-        self.collect()
-        assert_idle(self.engine)
-        for request_id, request in self.requests.items():
-            may_be_cut = request_id in self.cancelled | self.bad
-            self.check_output(request, self.events[request_id], may_be_cut)
-
-    @staticmethod
-    def check_output(request: Request, events: list[Event], may_be_cut: bool) -> None:
-        for choice_index in range(request.n):
-            got = completion(events, choice_index)
-            expected = reference_completion(
-                request.prompt, request.stopping.max_tokens, request.sampling.seed, choice_index
-            )
-            assert got == expected[: len(got)]
-            assert may_be_cut or len(got) == len(expected)
-
-
-TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
