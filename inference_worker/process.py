@@ -75,7 +75,7 @@ class _Process:
         worker.start()
         await server.start(worker)
         self._is_ready = True
-        # What is there now stays: a collection that looks through all of torch holds every stream up for some 30 ms.
+        # What is there now stays: a full collection that looks through all of torch takes some 200 ms.
         gc.collect()
         gc.freeze()
         self._tell_ready(server, served, worker)
