@@ -26,8 +26,8 @@ import itertools
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -36,6 +36,7 @@ import grpc.aio
 import uvloop
 
 from benchmarks.load_client import Stream, begun, ended, open_streams, post
+from benchmarks.load_watch import PATIENCE_SECONDS, LoadWatch, Measurement
 from benchmarks.processes import running_edge, running_worker
 from benchmarks.report import Report
 from benchmarks.table import Table, percentile
@@ -45,7 +46,6 @@ from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
 
 _STARTED: Final = b"event: started"
 _DELTA: Final = b"event: delta"
-_PATIENCE_SECONDS: Final = 30.0
 _SETTLE_STEPS: Final = 8  # are timed before clients leave
 _ATTEMPTS: Final = 5  # to find the worker in the wanted state
 _SEED: Final = 7
@@ -88,65 +88,8 @@ class Scenario:
         return self.staying if self.phase is Phase.QUEUE else self.leaving + self.staying
 
 
-@dataclass
-class Measurement:
-    """What a scenario's repetitions gave, in seconds."""
-
-    durations: list[float] = field(default_factory=list)  # of each client
-    resolutions: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)  # one after another, of each repetition
-
-    @property
-    def step(self) -> float:
-        """Mean time of one step."""
-        return sum(self.steps) / len(self.steps) if self.steps else 0.0
-
-
 class WrongState(Exception):
     """The worker is not where the scenario wants it."""
-
-
-class LoadWatch:
-    """Asks the worker how busy it is, again and again."""
-
-    def __init__(self, stub: pb_grpc.GenerationServiceAsyncStub) -> None:
-        self._stub = stub
-
-    async def now(self) -> tuple[float, pb.GetLoadResponse]:
-        """When the answer came, and the load."""
-        load = await self._stub.GetLoad(pb.GetLoadRequest())
-        return time.monotonic(), load
-
-    async def until(self, wanted: Callable[[pb.GetLoadResponse], bool]) -> None:
-        """Wait for a load. Raises: TimeoutError."""
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            while not wanted((await self.now())[1]):
-                pass
-
-    async def _next_step(self) -> tuple[float, pb.GetLoadResponse]:
-        """The load after the step under way. Raises: TimeoutError."""
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            at, load = await self.now()
-            steps = load.steps
-            while load.steps == steps:
-                at, load = await self.now()
-            return at, load
-
-    async def time_steps(
-        self, measurement: Measurement, steps: float
-    ) -> tuple[pb.GetLoadResponse, pb.GetLoadResponse]:
-        """Time so many steps, from the end of one to the end of another; the load at the beginning and at the end."""
-        last_at, first = await self._next_step()
-        last = first
-        while last.steps < first.steps + int(steps):
-            at, load = await self._next_step()
-            number = load.steps - last.steps  # more than one, if no answer came in between
-            measurement.steps += [(at - last_at) / number] * number
-            last_at, last = at, load
-        await asyncio.sleep(
-            measurement.step * (steps % 1)
-        )  # to an arbitrary moment of the next step
-        return first, (await self.now())[1]
 
 
 class Bench:
@@ -239,7 +182,7 @@ class Bench:
         await asyncio.sleep(0)  # the event loop closes them
         gone_at: list[float] = []
         last_at = closed_at[-1]
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len(gone_at) < scenario.leaving:
                 at, load = await self._watch.now()
                 measurement.resolutions.append(at - last_at)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -69,7 +68,6 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_run_serves_and_stops_cleanly_on_ctrl_c() -> None:
     edge_port, worker_port = free_port(), free_port()
     ports = {"SLUICE_EDGE_PORT": edge_port, "SLUICE_WORKER_PORT": worker_port}
