@@ -1,6 +1,7 @@
 """Kernels of the CUDA path, in Triton.
 
-Import a module of this package only where `is_available()`: they import triton, which machines without CUDA need not have.
+Import a module of this package only where `is_available()`: each imports triton, which is not needed
+and may be missing where there is no CUDA.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def w4a16_dequantize(
     Raises: ValueError for shapes or dtypes that do not fit together.
     """
     _check(qweight, scales, qzeros, group_size)
-    grouped = _unpack(qweight).unflatten(0, (-1, group_size)) - _unpack(qzeros)[:, None]
-    return (grouped.float() * scales.float()[:, None]).flatten(0, 1).to(dtype)
+    integers = _unpack(qweight) - _unpack(qzeros).repeat_interleave(group_size, 0)
+    return (integers.float() * scales.float().repeat_interleave(group_size, 0)).to(dtype)
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
