@@ -43,13 +43,30 @@ def paged_attention(
     if attention_mask is not None or position_bias is not None:
         raise ValueError("paged attention takes neither a mask nor a position bias")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    batch.cache.write(layer, batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    rule = _Rule(scaling, softcap, s_aux)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(batch, layer, query, key, value, scaling, softcap, s_aux)[None], None
+
+
+def attend(
+    batch: Batch,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same for packed tokens: query [tokens, heads, key dim], key [tokens, kv heads, key dim], value [tokens, kv
+    heads, value dim]; the result is [tokens, heads, value dim].
+    """
+    batch.cache.write(layer, batch.slots, key, value)
+    rule = _Rule(scaling, softcap, sinks)
     parts = [_attend_decode(batch.cache, layer, rows, query, rule) for rows in batch.decode]
     parts += [
         _attend_chunk(batch.cache, layer, chunk, query, key, value, rule) for chunk in batch.chunks
     ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Rule:
@@ -115,7 +132,7 @@ def _attend_decode(
     keys, values = cache.read(layer, view.block_ids)
     num_rows, num_heads, heads = rows.last - rows.first, query.shape[1], shape.num_kv_heads
     # the query heads that share a key head stand side by side as the query axis: no copy of keys for each
-    grouped = query[0, :, rows.first : rows.last].transpose(0, 1)
+    grouped = query[rows.first : rows.last]
     grouped = grouped.reshape(num_rows, heads, num_heads // heads, shape.key_dim)
     keys = keys.view(num_rows, view.num_keys, heads, shape.key_dim).transpose(1, 2)
     values = values.view(num_rows, view.num_keys, heads, shape.value_dim).transpose(1, 2)
@@ -136,17 +153,16 @@ def _attend_chunk(
     window = cache.layers[layer].window
     tokens = slice(chunk.first, chunk.last)
     if chunk.sees_itself_only(window):
-        keys, values, mask = key[:, :, tokens], value[:, :, tokens], None
+        keys, values, mask = key[tokens], value[tokens], None
     else:
         view = chunk.view(window)
-        cached_keys, cached_values = cache.read(layer, view.block_ids)
-        keys = cached_keys[: view.num_keys].transpose(0, 1)[None]
-        values = cached_values[: view.num_keys].transpose(0, 1)[None]
+        keys, values = (x[: view.num_keys] for x in cache.read(layer, view.block_ids))
         mask = view.mask
     group = query.shape[1] // keys.shape[1]
     if group > 1:
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    attended = rule.attend(query[:, :, tokens], keys, values, mask, is_causal=mask is None)
+    query, keys, values = (x.transpose(0, 1)[None] for x in (query[tokens], keys, values))
+    attended = rule.attend(query, keys, values, mask, is_causal=mask is None)
     return attended[0].transpose(0, 1)
 
 

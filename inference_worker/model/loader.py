@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 from inference_worker.engine.request import SamplingParams
 from inference_worker.model import self_check
 from inference_worker.model.architecture import check_config, max_context_length, probe_layers
+from inference_worker.model.decoder import fuse
 from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
 from inference_worker.model.forward import TransformersForward
 from inference_worker.model.kv_cache import KVCache, LayerShape, bytes_per_token, count_blocks
@@ -23,6 +24,7 @@ from inference_worker.model.runner import ModelRunner
 from inference_worker.served_model import ModelInfo, ServedModel
 from inference_worker.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 _MIB = 2**20
 # Parameters below which a second thread costs more than it gives: the embedded model, of 2.7 million, was seen to make
 # 2 to 5 times as many tokens a second with one thread as with two on two cores that other processes use too.
@@ -115,6 +117,8 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
     )
     try:
         references = self_check.reference_logits(model, samples)
+        if (runner := _try_fused(model, cache, samples, references)) is not None:
+            return runner
         runner = ModelRunner(TransformersForward(model), cache)
         self_check.check(runner, samples, references)
     except UnsupportedModel as error:
@@ -126,6 +130,26 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
         raise UnsupportedModel(
             f"{model.config.model_type}: paged attention does not work with it ({line})"
         ) from error
+    return runner
+
+
+def _try_fused(
+    model: PreTrainedModel,
+    cache: KVCache,
+    samples: list[self_check.Sample],
+    references: list[torch.Tensor],
+) -> ModelRunner | None:
+    """A runner of the fused decoder, if there is one for the model and it passes the check."""
+    try:
+        if (decoder := fuse(model)) is None:
+            return None
+        runner = ModelRunner(decoder, cache)
+        self_check.check(runner, samples, references)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the general path serves what the fast one cannot
+        _log.warning("the fused decoder is not used: %s", _first_line(error))
+        return None
     return runner
 
 

@@ -20,7 +20,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class Sample:
     """One checked sequence and the steps that its tokens are computed in."""
 
     token_ids: list[int]
@@ -34,7 +34,7 @@ class _Sample:
         return Span(self.token_ids, start, self.ends[step], self.block_table)
 
 
-def reference_logits(model: PreTrainedModel, samples: list[_Sample]) -> list[torch.Tensor]:
+def reference_logits(model: PreTrainedModel, samples: list[Sample]) -> list[torch.Tensor]:
     """The model's own logits [tokens, vocabulary] of each sample, with its plain attention."""
     model.set_attn_implementation("eager")
     with torch.inference_mode():
@@ -53,7 +53,7 @@ def make_samples(
     context_length: int,
     num_blocks: int,
     block_size: int,
-) -> list[_Sample]:
+) -> list[Sample]:
     """Two pseudo-random sequences of different lengths in blocks that are not in order.
 
     The first reaches past every window that is short enough.
@@ -71,11 +71,11 @@ def make_samples(
         decoded = min(_NUM_DECODED, length - 1)
         prefilled = length - decoded
         ends = sorted({max(1, prefilled // 2), *range(prefilled, length + 1)})
-        samples.append(_Sample(token_ids, mine, ends))
+        samples.append(Sample(token_ids, mine, ends))
     return samples
 
 
-def check(runner: ModelRunner, samples: list[_Sample], references: list[torch.Tensor]) -> None:
+def check(runner: ModelRunner, samples: list[Sample], references: list[torch.Tensor]) -> None:
     """Run the samples through the runner, one step behind each other, and compare every token's logits.
 
     Their steps are two prefill chunks and some single tokens, so that a step has decode rows of different lengths, or
