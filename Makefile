@@ -18,7 +18,7 @@ help:
 	@echo 'make lint    ruff, mypy --strict, buf lint'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
-	@echo 'make bench   measure transport and cancellation on this machine'
+	@echo 'make bench   measure engine, transport and cancellation on this machine'
 	@echo 'make clean   delete the virtual environment and caches'
 
 run: $(VENV)/installed-serve
@@ -42,6 +42,7 @@ protos: $(VENV)/installed-dev
 		--python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTO)
 
 bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.cancellation
 

@@ -20,6 +20,7 @@ _LIBRARIES: Final = (
     "httptools",
     "orjson",
     "torch",
+    "transformers",
 )
 
 

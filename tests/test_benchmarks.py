@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from benchmarks.answer_check import AnswerCheck, WrongAnswer
+from benchmarks.engine import make_prompts
+from benchmarks.generators import GenerationFailed, Output, Sluice
 from benchmarks.load_client import StreamFailed
 from benchmarks.recording import read_writes
 from benchmarks.report import Report
@@ -27,9 +30,9 @@ def rows(output: str) -> list[list[str]]:
     return [row for index, row in enumerate(cells) if not {index, index + 1} & rules]
 
 
-def quick(module: str, kept: Path) -> list[list[str]]:
+def quick(module: str, kept: Path, *flags: str) -> list[list[str]]:
     """Run a benchmark as a user does; the file it keeps says the same as its output."""
-    command = [sys.executable, "-m", module, "--quick", f"--keep={kept}"]
+    command = [sys.executable, "-m", module, "--quick", f"--keep={kept}", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() in kept.read_text()
@@ -58,6 +61,40 @@ def test_cancellation_measures_every_phase(tmp_path: Path) -> None:
         step, beyond, p99 = float(row[7]), float(row[8]), float(row[6])
         assert step > 9  # the script was told 10; GetLoad sees a step's end up to one answer late
         assert beyond == pytest.approx(p99 - step, abs=0.11)  # each is rounded to a tenth
+
+
+def test_engine_measures_every_engine(tmp_path: Path) -> None:
+    flags = ("--models=10M", "--weights=bfloat16")
+    found = quick("benchmarks.engine", tmp_path / "RESULTS.md", *flags)
+    names = ["Sluice", "transformers, continuous batching", "transformers, generate"]
+    assert [row[:2] for row in found] == [[n, name] for n in "13" for name in names]
+    for row in found:
+        assert all(float(cell) > 0 for cell in row[2:6])
+        assert [cell != "" for cell in row[6:]] == [row[1] != "Sluice"] * 2
+
+
+def test_an_answer_that_is_not_the_models_own_is_no_result() -> None:
+    prompts = make_prompts(2, num_tokens=20, seed=1)
+    generator = Sluice(CHECKPOINT, "bfloat16", threads=1)
+    completions = generator.generate(prompts, 12).tokens
+    generator.close()
+    check = AnswerCheck(CHECKPOINT, "bfloat16")
+    assert check.check("Sluice", prompts, completions).share > 0.8
+    completions[1][7] = (completions[1][7] + 1) % 1792
+    with pytest.raises(WrongAnswer, match="Sluice"):
+        check.check("Sluice", prompts, completions)
+
+
+def test_missing_tokens_are_no_result() -> None:
+    output = Output.begin(2)
+    output.add(0, [5, 6])
+    output.add(1, [7])
+    with pytest.raises(GenerationFailed):
+        output.check(2)
+    output.add(1, [8])
+    output.check(2)
+    assert output.num_tokens == 4
+    assert len(output.gaps()) == 2
 
 
 def test_every_token_and_byte_is_counted() -> None:
