@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edge import playground
 from edge.drain import Drain
 from edge.error_response import error_response
 from edge.errors import EdgeError
@@ -37,8 +38,9 @@ def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
 
     table = operations(worker, drain, settings)
     table.append(_document_operation(table))
+    pages = playground.routes() if settings.playground else []
     app = Starlette(
-        routes=[_route(entry) for entry in table],
+        routes=[*(_route(entry) for entry in table), *pages],
         middleware=_middleware(settings),
         exception_handlers={EdgeError: _edge_error, HTTPException: _http_exception},
         lifespan=lifespan,

@@ -44,8 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, field in EdgeSettings.model_fields.items():
+        is_switch = field.annotation is bool
         parser.add_argument(
-            _flag(name), dest=name, help=_help(name, field), metavar=_unit(field).upper()
+            _flag(name),
+            dest=name,
+            help=_help(name, field),
+            metavar=_unit(field).upper(),
+            # A switch may stand alone, or say which way: --playground false.
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
         )
     return parser
 
@@ -57,6 +64,8 @@ def _help(name: str, field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     value, unit = field.default, _unit(field)
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int | float) and unit not in _NO_COUNT:
         return f"{value} {unit}"
     return str(value) or "none"

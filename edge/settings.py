@@ -53,6 +53,11 @@ class EdgeSettings(BaseSettings):
         description="Browser origins that may call, separated by commas: scheme://host[:port], or * for all.",
         json_schema_extra=unit("origins"),
     )
+    playground: bool = Field(
+        True,
+        description="Serve the playground page at /.",
+        json_schema_extra=unit("bool"),
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
         description="Least severe log lines written: debug, info, warning or error.",

@@ -1,0 +1,339 @@
+"""The playground in a real browser, before real processes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.integration.stack import Stack, running_stack
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="there is no Chromium here")
+
+# Nothing but the page under test reaches for the network.
+_ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+_PATIENCE = 60_000  # milliseconds; a loaded machine takes its time
+
+Page = Any
+STORY = "Tell me a short story"
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    # one slot and no queue, so that one other caller makes the server full
+    with running_stack({"max_running": 1, "max_waiting": 0}) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page open in a browser of its own, and what it did behind the scenes."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+        self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(_PATIENCE)
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self._note)
+        self.page.goto(url)
+        self.page.wait_for_selector(".light[data-state=ready]")
+
+    def _note(self, message: Any) -> None:
+        # a status above 399 is told on the console too, and is no fault of the page
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.complaints.append(message.text)
+
+    def ask(self, text: str) -> None:
+        self.page.fill("#question", text)
+        self.page.press("#question", "Enter")
+
+    def wait_written(self) -> None:
+        self.page.wait_for_selector("#send:visible")
+
+    def regenerate(self, act: Callable[[], None]) -> None:
+        """Do it, and wait for the answer that takes the last one's place."""
+        self.page.evaluate(
+            "document.querySelectorAll('.answer')[0].parentNode.lastChild.id = 'old'"
+        )
+        act()
+        self.page.wait_for_selector("#old", state="detached")
+        self.wait_written()
+
+    def answer(self) -> str:
+        return str(self.page.locator(".answer-body").last.inner_text())
+
+
+@pytest.fixture
+def visit(browser: Any, stack: Stack) -> Iterator[Visit]:
+    visit = Visit(browser, stack.url)
+    yield visit
+    assert visit.complaints == []
+    assert [url for url in visit.requests if not url.startswith(stack.url)] == []
+    visit.context.close()
+    stack.wait_idle()
+
+
+def test_an_answer_streams_and_its_figures_are_shown(visit: Visit) -> None:
+    page = visit.page
+    page.evaluate(
+        """() => { window.lengths = new Set();
+        new MutationObserver(() => window.lengths.add(document.querySelector('.answer-body')?.innerText.length))
+          .observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+    )
+    visit.ask(STORY)
+    visit.wait_written()
+    assert visit.answer().startswith("Once upon a time, there was a small river")
+    assert page.evaluate("window.lengths.size") > 4  # it grew on the page, piece by piece
+    foot = page.locator(".foot").last.inner_text()
+    assert re.search(r"\d+ tokens\s", foot)
+    assert re.search(r"[\d.]+ tokens/s", foot)
+    assert re.search(r"first token after [\d.]+ m?s", foot)
+
+
+def test_stop_ends_the_generation_on_the_worker(visit: Visit, stack: Stack) -> None:
+    for stop in ("#stop", "Escape"):
+        visit.ask(STORY)
+        visit.page.wait_for_selector(".answer-body.writing:not(:empty)")
+        if stop == "Escape":
+            visit.page.keyboard.press(stop)
+        else:
+            visit.page.click(stop)
+        visit.wait_written()
+        stack.wait_idle()
+        assert "stopped" in visit.page.locator(".foot").last.inner_text()
+
+
+def test_the_conversation_goes_along_and_the_last_answer_can_be_made_again(visit: Visit) -> None:
+    visit.ask("What is 2 + 3?")
+    visit.wait_written()
+    visit.ask("And plus 4?")
+    visit.wait_written()
+    assert visit.answer() == "5 + 4 = 9"
+    visit.regenerate(lambda: visit.page.keyboard.press("Alt+KeyR"))
+    assert visit.answer() == "5 + 4 = 9"
+    assert visit.page.locator("article.answer").count() == 2
+    assert visit.page.locator(".foot button:has-text('Regenerate')").count() == 1
+
+
+def test_a_refused_setting_is_named_and_marked(visit: Visit) -> None:
+    page = visit.page
+    page.click("#open-settings")
+    page.fill("[name=top_p]", "7")
+    page.click("#close-settings")
+    visit.ask("Hello")
+    page.wait_for_selector(".notice[data-kind=failed]")
+    assert "top_p" in page.locator(".notice").inner_text()
+    assert "refused" in page.locator("[name=top_p]").get_attribute("class")
+    page.click("#open-settings")
+    page.click("text=Reset")
+    visit.ask("Count to 10")
+    visit.wait_written()
+    assert visit.answer().endswith("9, 10")
+
+
+def test_settings_reach_the_model(visit: Visit) -> None:
+    page = visit.page
+    page.click("#open-settings")
+    page.fill("[name=max_tokens]", "4")
+    page.fill("[name=system]", "You are a helpful assistant.")
+    visit.ask("Count to 10")
+    visit.wait_written()
+    foot = page.locator(".foot").last.inner_text()
+    assert "4 tokens" in foot
+    assert "cut at the token limit" in foot
+    body = page.evaluate("JSON.parse(localStorage['sluice.settings'])")
+    assert body["system"] == "You are a helpful assistant."
+
+
+def test_a_full_server_is_told_in_words_with_a_countdown(
+    visit: Visit, browser: Any, stack: Stack
+) -> None:
+    hog = Visit(browser, stack.url)
+    hog.page.click("#open-settings")
+    hog.page.fill("[name=temperature]", "5")  # rambles on for long
+    hog.page.fill("[name=seed]", "1")
+    hog.ask(STORY)
+    stack.wait_load(lambda load: load.running == 1)
+    visit.ask("Count to 10")
+    notice = visit.page.locator(".notice[data-kind=waiting]")
+    notice.wait_for()
+    assert re.search(r"The server is busy: .+ Trying again in \d s\.", notice.inner_text())
+    hog.page.keyboard.press("Escape")
+    hog.context.close()
+    stack.wait_idle()
+    visit.page.click("text=Try now")
+    visit.wait_written()
+    assert visit.answer() == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+    assert not notice.is_visible()
+
+
+def test_giving_up_ends_the_wait(visit: Visit, browser: Any, stack: Stack) -> None:
+    hog = Visit(browser, stack.url)
+    hog.ask(STORY)
+    stack.wait_load(lambda load: load.running == 1)
+    visit.ask("Count to 10")
+    visit.page.click("text=Give up")
+    visit.wait_written()
+    assert "stopped" in visit.page.locator(".foot").last.inner_text()
+    hog.page.keyboard.press("Escape")
+    hog.wait_written()
+    hog.context.close()
+
+
+def test_a_reload_keeps_the_conversation(visit: Visit) -> None:
+    visit.ask("Count to 10")
+    visit.wait_written()
+    visit.page.reload()
+    visit.page.wait_for_selector(".answer-body")
+    assert visit.answer() == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+    visit.page.click("text=New chat")
+    visit.page.reload()
+    visit.page.wait_for_selector(".light[data-state=ready]")
+    assert visit.page.locator("article").count() == 0
+
+
+def test_a_reload_within_an_answer_loses_nothing_in_silence(visit: Visit) -> None:
+    """It goes on where it was, or says that it cannot."""
+    visit.ask(STORY)
+    visit.page.wait_for_selector(".answer-body:has-text('small river')")
+    visit.page.reload()
+    visit.page.wait_for_selector(".answer-body")
+    visit.wait_written()
+    notice = visit.page.locator(".notice[data-kind=failed]")
+    if notice.is_visible():
+        assert "cannot be continued" in notice.inner_text()
+        visit.regenerate(lambda: visit.page.click(".foot button:has-text('Regenerate')"))
+    assert visit.answer().startswith("Once upon a time, there was a small river")
+    assert visit.answer().endswith(".")
+    assert visit.page.locator("article.answer").count() == 1
+
+
+def test_spaces_and_lines_are_shown_exactly(visit: Visit) -> None:
+    text = "Repeat  after   me:\n\n\n    four\tfields"
+    visit.ask(text)
+    visit.wait_written()
+    assert visit.page.locator(".question").inner_text() == text
+    shown = visit.page.evaluate(
+        """async (text) => { const {parseBlocks, renderBlock} = await import('/static/markdown.js');
+        const body = document.createElement('div'); body.className = 'formatted';
+        body.append(...parseBlocks(text).map(renderBlock)); document.body.append(body);
+        const lines = [...body.children].map((child) => child.textContent); body.remove(); return lines; }""",
+        text,
+    )
+    assert shown == ["Repeat  after   me:", "", "", "    four\tfields"]
+    visit.page.click("text=Plain")
+    code = "Show me Python code that prints hello"
+    visit.ask(code)
+    visit.wait_written()
+    assert '    print("hello")\n\n\nmain()' in visit.answer()
+
+
+HOSTILE = [
+    "<script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit = 1'>",
+    "[click](javascript:window.hit=1)",
+    '[click]( https://a.example/"onmouseover=window.hit=1 )',
+    "![pixel](https://evil.example/p.png)",
+    "`<b>` **<i onclick=x>bold</i>** _<u>em</u>_",
+    "```<script>\n</code></pre><script>window.hit = 1</script>\n```",
+    "| <svg onload=window.hit=1> | b |\n|---|---|\n| <iframe src=//evil> | d |",
+    "> <style>*{display:none}</style>\n- <form action=//evil>\n# <object data=x>",
+    "https://a.example/<script> http://b.example\u2028\u202e",
+    "*" * 3000 + "_" * 3000 + "[" * 3000,
+]
+
+
+def test_no_text_becomes_markup(visit: Visit) -> None:
+    found = visit.page.evaluate(
+        """async (texts) => { const {parseBlocks, renderBlock} = await import('/static/markdown.js');
+        const body = document.createElement('div'); document.body.append(body);
+        for (const text of texts) body.append(...parseBlocks(text).map(renderBlock));
+        const all = [...body.querySelectorAll('*')];
+        const result = { names: [...new Set(all.map((one) => one.localName))],
+          attributes: [...new Set(all.flatMap((one) => one.getAttributeNames()))],
+          links: all.filter((one) => one.href).map((one) => one.protocol), hit: window.hit ?? 0,
+          script: body.textContent.includes('<script>window.hit = 1</script>') };
+        body.remove(); return result; }""",
+        HOSTILE,
+    )
+    allowed = "p div strong em s code pre a figure figcaption button table tbody tr th td"
+    assert set(found["names"]) <= {*allowed.split(), "blockquote", "ul", "ol", "li", "span", "hr"}
+    assert set(found["attributes"]) <= {
+        *("class", "data-level", "role", "aria-level", "type", "tabindex"),
+        *("href", "rel", "target", "title"),
+    }
+    assert set(found["links"]) <= {"http:", "https:"}
+    assert found["hit"] == 0
+    assert found["script"]
+
+
+def test_the_policy_stops_what_is_not_ours(visit: Visit) -> None:
+    """Should markup get in one day, nothing of it would run or be fetched."""
+    blocked = visit.page.evaluate(
+        """async () => { const seen = [];
+        document.addEventListener('securitypolicyviolation', (event) => seen.push(event.effectiveDirective));
+        const script = document.createElement('script');
+        try { script.textContent = 'window.hit = 1'; document.body.append(script); } catch { seen.push('script'); }
+        const image = document.createElement('img'); image.src = 'https://evil.example/p.png';
+        document.body.append(image);
+        await fetch('https://evil.example/').catch(() => {});
+        try { document.body.innerHTML = '<b>x</b>'; } catch { seen.push('innerHTML'); }
+        await new Promise((resolve) => setTimeout(resolve, 300));
+        return { seen, hit: window.hit ?? 0 }; }"""
+    )
+    assert blocked["hit"] == 0
+    assert {"img-src", "connect-src", "innerHTML"} <= set(blocked["seen"])
+    visit.complaints.clear()  # the violations, which were the point
+    visit.requests.clear()
+
+
+def test_token_probabilities_by_pointer_and_by_keys(visit: Visit) -> None:
+    page = visit.page
+    visit.ask("Count to 10")
+    visit.wait_written()
+    page.click("text=Tokens")
+    assert page.locator(".token").first.is_visible()
+    texts = page.locator(".token").all_text_contents()
+    assert "".join(texts) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+    page.hover(".token >> nth=0")
+    box = page.locator("#candidates")
+    box.wait_for()
+    assert box.locator("tr").count() >= 5
+    assert box.locator(".drawn td").first.inner_text() == "1"
+    page.mouse.move(0, 0)
+    page.focus(".tokens")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert box.locator(".drawn td").first.inner_text() == texts[1].replace(" ", "␣")
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(browser: Any, stack: Stack) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 700}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(stack.url)
+    page.wait_for_selector(".light[data-state=ready]")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.click("#open-settings")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.fill("[name=temperature]", "0.5")
+    page.click("#close-settings")
+    assert page.locator("#question").is_visible()
+    context.close()
