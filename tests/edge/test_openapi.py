@@ -46,7 +46,7 @@ async def test_it_is_valid(document: dict[str, Any]) -> None:
 
 
 async def test_every_route_is_in_it(document: dict[str, Any]) -> None:
-    app = create_app(EdgeSettings(), Drain())
+    app = create_app(EdgeSettings(playground=False), Drain())
     served = {
         (method, re.sub(r":\w+}", "}", route.path))
         for route in app.routes
@@ -55,6 +55,11 @@ async def test_every_route_is_in_it(document: dict[str, Any]) -> None:
     }
     assert len(served) == len(app.routes)
     assert {(method, path) for method, path, _ in operations(document)} == served
+    pages = {getattr(route, "path", "") for route in create_app(EdgeSettings(), Drain()).routes}
+    assert pages - {route.path for route in app.routes if isinstance(route, Route)} == {
+        "/",
+        "/static",
+    }
     ids = [operation["operationId"] for _, _, operation in operations(document)]
     assert len(set(ids)) == len(ids)
 
