@@ -18,7 +18,7 @@ from benchmarks.pace import Pace
 from benchmarks.stamp import stamp
 from inference_worker.command_line import read_settings
 from inference_worker.engine.detokenizer import Detokenizer
-from inference_worker.engine.runner import Row, RowOutput, Runner
+from inference_worker.engine.runner import Row, RowOutput, Runner, SynchronousRunner
 from inference_worker.process import run
 from inference_worker.scripted_model import ScriptedSettings, load_script
 from inference_worker.served_model import ServedModel
@@ -34,7 +34,7 @@ class StampedSettings(ScriptedSettings):
     )
 
 
-class StampedRunner:
+class StampedRunner(SynchronousRunner):
     """The scripted runner with a clock. Sleeping, like a model's computing, holds no interpreter lock."""
 
     def __init__(self, script: Runner, pace: Pace) -> None:
@@ -48,7 +48,7 @@ class StampedRunner:
         """Wait for the next tick and take its time."""
         if delay := self._pace.delay():
             time.sleep(delay)
-        outputs = self._script.execute(rows)
+        outputs = self._script.launch(rows).collect()
         self.stamp = stamp().decode()
         return outputs
 

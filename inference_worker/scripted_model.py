@@ -17,7 +17,7 @@ from inference_worker.command_line import read_settings
 from inference_worker.early_signals import end_on_signal
 from inference_worker.engine.event import Candidate, Token
 from inference_worker.engine.request import SamplingParams
-from inference_worker.engine.runner import Row, RowOutput
+from inference_worker.engine.runner import Row, RowOutput, SynchronousRunner
 from inference_worker.settings import WorkerSettings, unit
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ScriptedCrash(BaseException):
     """The crash that was asked for: not an Exception, so that the engine does not contain it."""
 
 
-class ScriptedRunner:
+class ScriptedRunner(SynchronousRunner):
     """Draws the script's tokens in order; one token a sequence and step, like any model."""
 
     def __init__(self, settings: ScriptedSettings, script: Sequence[int], end_token: int) -> None:

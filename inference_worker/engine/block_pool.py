@@ -54,18 +54,22 @@ class BlockPool:
         num_blocks = -(-len(sequence.token_ids) // self.block_size)
         return num_blocks - num_reused + num_spare <= len(self._free)
 
+    def count_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that a sequence lacks to hold its first `num_tokens` tokens; negative if it has more than enough."""
+        return -(-num_tokens // self.block_size) - len(sequence.block_table)
+
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the block table to hold the first `num_tokens` tokens; False, and nothing done, if blocks lack."""
-        missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
+        missing = self.count_missing(sequence, num_tokens)
         if missing > len(self._free):
             return False
         sequence.block_table.extend([self._take_oldest() for _ in range(missing)])
         return True
 
-    def publish(self, sequence: Sequence, first_new_token: int) -> None:
-        """Index the blocks that became full since `first_new_token` tokens were computed."""
+    def publish(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Index the blocks that became full when tokens `start` .. `stop` - 1, all known, were computed."""
         size = self.block_size
-        for i in range(first_new_token // size, sequence.num_computed_tokens // size):
+        for i in range(start // size, stop // size):
             block, block_hash = sequence.block_table[i], self._hash(sequence, i)
             if block_hash not in self._block_of_hash:
                 self._block_of_hash[block_hash] = block

@@ -24,9 +24,10 @@ from inference_worker.engine.event import (
 )
 from inference_worker.engine.live_request import LiveRequest
 from inference_worker.engine.request import Request
-from inference_worker.engine.runner import DeviceLost, Row, RowOutput, Runner
+from inference_worker.engine.runner import Row, RowOutput, Runner
 from inference_worker.engine.scheduler import Scheduler
 from inference_worker.engine.sequence import Sequence
+from inference_worker.engine.steps import Steps
 
 
 class NewDetokenizer(Protocol):
@@ -72,6 +73,7 @@ class Engine:
         self, runner: Runner, new_detokenizer: NewDetokenizer, options: EngineOptions
     ) -> None:
         self._runner = runner
+        self._steps = Steps(runner)
         self._new_detokenizer = new_detokenizer
         self._options = options
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
@@ -82,12 +84,12 @@ class Engine:
         )
         self._live: dict[int, LiveRequest] = {}  # by the request's key
         self._events: list[tuple[Request, Event]] = []
-        self._steps = 0
+        self._num_steps = 0
         self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._live or self._steps)
 
     def load(self) -> Load:
         """The state between two steps."""
@@ -99,7 +101,7 @@ class Engine:
             total_blocks=self._pool.num_blocks,
             block_size=self._pool.block_size,
             waiting_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
-            steps=self._steps,
+            steps=self._num_steps,
             generated_tokens=self._generated_tokens,
             preemptions=self._scheduler.num_preemptions,
         )
@@ -151,15 +153,28 @@ class Engine:
         self._runner.close()
 
     def step(self) -> None:
-        """Compute one batch. A failing row fails its own request and no other."""
+        """Compute one batch. A failing row fails its own request and no other.
+
+        On a runner that runs ahead, a call launches one batch and ends the one that the call before has launched.
+        """
+        steps = self._steps
+        if steps and not (steps.can_run_ahead and not self._scheduler.must_preempt):
+            self._collect()
         rows = self._scheduler.schedule()
-        if not rows:
+        if rows:
+            self._note_scheduled(rows)
+            steps.launch(rows)
+        elif not steps:
             self._finish_impossible()
-            return
-        self._note_scheduled(rows)
-        outputs = self._execute(rows)
-        self._steps += 1
-        for row, output in zip(rows, outputs, strict=True):
+        most_in_flight = 1 if rows and self._runner.runs_ahead else 0
+        while len(steps) > most_in_flight:
+            self._collect()
+
+    def _collect(self) -> None:
+        """End the oldest step in flight."""
+        outputs = self._steps.collect()
+        self._num_steps += 1
+        for row, output in outputs:
             live = self._live.get(row.sequence.request.key)
             if live is None:  # failed by a sibling in this very step
                 continue
@@ -179,26 +194,12 @@ class Engine:
             choice_index=choice_index,
             output=ChoiceOutput(choice_index, detokenizer, live.stop_strings),
             token_ids=list(request.prompt),
+            max_tokens=min(len(request.prompt) + request.stopping.max_tokens, self._max_tokens),
             cache_salt=b"" if self._options.prefix_cache else request.key.to_bytes(8, "little"),
         )
         live.sequences.append(sequence)
         live.num_choices_begun += 1
         return sequence
-
-    def _execute(self, rows: list[Row]) -> list[RowOutput]:
-        """Run the rows. If that fails, run each half alone, so that a row that cannot run fails alone.
-
-        Running a row again is harmless: it writes the same KV and draws the same token.
-        """
-        try:
-            return self._runner.execute(rows)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            if len(rows) == 1:
-                return [RowOutput(error=error)]
-        half = len(rows) // 2
-        return self._execute(rows[:half]) + self._execute(rows[half:])
 
     def _note_scheduled(self, rows: Iterable[Row]) -> None:
         now = time.monotonic()
@@ -211,11 +212,9 @@ class Engine:
 
     def _advance(self, live: LiveRequest, row: Row, output: RowOutput) -> None:
         sequence = row.sequence
-        start = sequence.num_computed_tokens
-        sequence.num_computed_tokens += row.num_tokens
-        self._pool.publish(sequence, start)
+        self._pool.publish(sequence, row.start, row.stop)
         if output.prompt_logprobs:
-            live.add_prompt_scores(start, output.prompt_logprobs)
+            live.add_prompt_scores(row.start, output.prompt_logprobs)
         if output.token is None:
             return
         if sequence.num_completion_tokens == 0:
@@ -248,10 +247,7 @@ class Engine:
         sequence.output.push(token)
         if sequence.output.stop_sequence is not None:
             self._finish(live, sequence, FinishReason.STOP_SEQUENCE)
-        elif (
-            sequence.num_completion_tokens >= stopping.max_tokens
-            or len(sequence.token_ids) >= self._max_tokens
-        ):
+        elif len(sequence.token_ids) >= sequence.max_tokens:
             self._finish(live, sequence, FinishReason.LENGTH)
         elif (delta := sequence.output.take()) is not None:
             self._emit(live, delta)

@@ -50,9 +50,9 @@ class Scheduler:
     def schedule(self) -> list[Row]:
         """The rows of the next step: decode rows first, then prefill chunks, within the token budget.
 
-        Blocks for every row are reserved. Empty only if nothing is waiting or running.
+        Blocks for every row are reserved. Empty only if nothing is waiting, and nothing running but what is ending.
         """
-        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
+        decoding = self._decoding()
         prefilling = [s for s in self.running if s.num_uncomputed_tokens > 1]
         rows: dict[Sequence, int] = {}
         budget = self._grow(decoding, rows, self._max_batch_tokens)
@@ -61,6 +61,15 @@ class Scheduler:
         ordered = [Row(sequence, num_tokens) for sequence, num_tokens in rows.items()]
         ordered.sort(key=lambda row: row.num_tokens > 1 or row.start == 0)  # stable
         return ordered
+
+    @property
+    def must_preempt(self) -> bool:
+        """Whether the next step's rows would have to be preempted for. A sequence in flight must not be one of them."""
+        missing = (self._pool.count_missing(s, s.num_computed_tokens + 1) for s in self._decoding())
+        return sum(max(0, count) for count in missing) > self._pool.num_free
+
+    def _decoding(self) -> list[Sequence]:
+        return [s for s in self.running if s.num_uncomputed_tokens == 1 and not s.is_ending]
 
     def _grow(self, sequences: Iterable[Sequence], rows: dict[Sequence, int], budget: int) -> int:
         """Schedule running sequences, preempting the youngest while blocks are short. Returns what is left."""

@@ -21,17 +21,21 @@ class State(Enum):
 class Sequence:
     """Tokens, their KV blocks, and the output made of them.
 
-    Invariants: `num_computed_tokens <= len(token_ids)`; the block table covers at least the computed tokens; a block
-    shared with another sequence is full and is never written again.
+    A step counts from its launch on: what it computes is computed, what it draws is pending until it is read back.
+
+    Invariants: `num_computed_tokens <= len(token_ids) + num_pending_tokens`; the block table covers at least the
+    computed tokens; a block shared with another sequence is full and is never written again.
     """
 
     request: Request
     choice_index: int
     output: ChoiceOutput
     token_ids: list[int]  # prompt, then completion
+    max_tokens: int  # prompt and completion, at which the sequence ends
     cache_salt: bytes = b""  # only sequences of the same salt share blocks
     state: State = State.WAITING
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
+    num_pending_tokens: int = 0  # tokens drawn by steps in flight, which follow token_ids
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache when it first ran
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(
@@ -53,4 +57,22 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def num_drawn_tokens(self) -> int:
+        """Completion tokens, the pending ones included: the position of the next one in the completion."""
+        return self.num_completion_tokens + self.num_pending_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token is pending, so that it needs no further step."""
+        return (
+            self.num_pending_tokens > 0
+            and len(self.token_ids) + self.num_pending_tokens >= self.max_tokens
+        )
+
+    @property
+    def must_know_last_token(self) -> bool:
+        """Whether the next token's distribution is made by the host from the tokens before it."""
+        return self.request.sampling.has_penalties

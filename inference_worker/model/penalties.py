@@ -15,12 +15,7 @@ from inference_worker.engine.sequence import Sequence
 
 def changes_logits(params: SamplingParams) -> bool:
     """Whether any of this module applies."""
-    return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-    )
+    return bool(params.logit_bias) or params.has_penalties
 
 
 def adjust(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:

@@ -7,7 +7,13 @@ from collections.abc import Sequence as Rows
 import torch
 
 from inference_worker.engine.event import Token
-from inference_worker.engine.runner import DeviceLost, OutOfMemory, Row, RowOutput
+from inference_worker.engine.runner import (
+    DeviceLost,
+    OutOfMemory,
+    Row,
+    RowOutput,
+    SynchronousRunner,
+)
 from inference_worker.model.batch import Batch, Span, pack
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
@@ -15,7 +21,7 @@ from inference_worker.model.sampler import BadLogits, greatest, sample
 from inference_worker.model.scores import score
 
 
-class ModelRunner:
+class ModelRunner(SynchronousRunner):
     """A forward pass, the KV cache it writes to, and sampling: the engine's `Runner`."""
 
     def __init__(self, forward: Forward, cache: KVCache) -> None:

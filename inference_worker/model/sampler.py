@@ -119,7 +119,7 @@ def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     u = uniforms(
         [p.seed for p in params],
         [row.choice_index for row in rows],
-        [row.num_completion_tokens for row in rows],
+        [row.num_drawn_tokens for row in rows],
     )
     return invert(weights, torch.from_numpy(u).to(logits.device))
 

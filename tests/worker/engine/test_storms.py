@@ -11,16 +11,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from inference_worker.engine.event import Event, FinishReason
 from inference_worker.engine.request import Request
 from inference_worker.engine.runner import Row
-from tests.worker.engine.hash_runner import HashRunner, reference_completion
+from tests.worker.engine.hash_runner import VOCABULARY, HashRunner, reference_completion
 from tests.worker.engine.test_engine import assert_idle, completion, make_engine, make_request
 
 
 class EngineMachine(RuleBasedStateMachine):
     """Any sequence of add, step and cancel, in too little memory: no block is lost, every output is right."""
 
+    runs_ahead = False
+
     def __init__(self) -> None:
         super().__init__()
         runner = HashRunner(12, 4, before_row=self.fail_if_bad)
+        runner.runs_ahead = self.runs_ahead
         self.engine = make_engine(runner, max_running=3, max_batch_tokens=7)
         self.bad: set[str] = set()
         self.requests: dict[str, Request] = {}
@@ -32,9 +35,27 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         n=st.integers(1, 3),
         seed=st.integers(0, 3),
+        stop=st.frozensets(st.integers(0, VOCABULARY - 1), max_size=20),
+        has_penalties=st.booleans(),
     )
-    def add(self, prompt: list[int], max_tokens: int, n: int, seed: int) -> None:
-        request = make_request(f"r{len(self.requests)}", prompt, max_tokens, n=n, seed=seed)
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        n: int,
+        seed: int,
+        stop: frozenset[int],
+        has_penalties: bool,
+    ) -> None:
+        request = make_request(
+            f"r{len(self.requests)}",
+            prompt,
+            max_tokens,
+            n=n,
+            seed=seed,
+            stop_token_ids=stop,
+            frequency_penalty=float(has_penalties),
+        )
         self.requests[request.request_id] = request
         self.engine.add(request)
 
@@ -86,9 +107,19 @@ class EngineMachine(RuleBasedStateMachine):
             expected = reference_completion(
                 request.prompt, request.stopping.max_tokens, request.sampling.seed, choice_index
             )
+            ends = [i for i, x in enumerate(expected) if x in request.stopping.stop_token_ids]
+            expected = expected[: ends[0]] if ends else expected
             assert got == expected[: len(got)]
             assert may_be_cut or len(got) == len(expected)
 
 
+class RunningAheadMachine(EngineMachine):
+    """The same with a step in flight while the host goes on."""
+
+    runs_ahead = True
+
+
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRunningAheadMachine = RunningAheadMachine.TestCase
+TestRunningAheadMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

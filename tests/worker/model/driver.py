@@ -55,7 +55,7 @@ def new_sequence(
         "request", tuple(prompt), StoppingParams(1), sampling, output or OutputParams()
     )
     unused = cast(ChoiceOutput, None)
-    return Sequence(request, choice_index, unused, [*prompt, *completion])
+    return Sequence(request, choice_index, unused, [*prompt, *completion], CONTEXT)
 
 
 def prompt_of(length: int, seed: int = 0, vocabulary: int = 199) -> list[int]:
