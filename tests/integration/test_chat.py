@@ -1,0 +1,140 @@
+"""The terminal's chat, as a process on a terminal of its own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.stack import PATIENCE, ROOT, Stack, running_stack
+
+# Makes the terminal the one whose Ctrl-C reaches it.
+_ON_TERMINAL = (
+    "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "runpy.run_module('edge.chat', run_name='__main__')"
+)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack({"max_running": 1, "max_waiting": 0}) as stack:
+        yield stack
+
+
+class Terminal:
+    """`python -m edge.chat` with a person in front of it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _ON_TERMINAL, *arguments],
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """All up to and including this text, which is then forgotten."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.text:
+            left = deadline - time.monotonic()
+            assert left > 0, self.text
+            if select.select([self._master], [], [], left)[0]:
+                self.text += os.read(self._master, 65536).decode()
+        end = self.text.index(text) + len(text)
+        seen, self.text = self.text[:end], self.text[end:]
+        return seen
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(stack: Stack) -> Iterator[Terminal]:
+    terminal = Terminal("--url", stack.url)
+    terminal.wait_for("> ")
+    yield terminal
+    terminal.close()
+
+
+def test_a_conversation(terminal: Terminal) -> None:
+    terminal.type("What is 2 + 3?\n")
+    assert "2 + 3 = 5\r\n" in terminal.wait_for("tokens/s]")
+    terminal.wait_for("> ")
+    terminal.type("And plus 4?\n")
+    assert "5 + 4 = 9\r\n" in terminal.wait_for("tokens/s]")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(PATIENCE) == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal, stack: Stack) -> None:
+    terminal.type("Tell me a short story\n")
+    terminal.wait_for("Once upon a")
+    terminal.type("\x03")
+    terminal.wait_for("[stopped]")
+    stack.wait_idle()
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-D ends the program")
+    terminal.type("Count to 10\n")
+    assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in terminal.wait_for("tokens/s]")
+
+
+def test_a_full_server_is_waited_for(terminal: Terminal, stack: Stack) -> None:
+    hog = Terminal("--url", stack.url)
+    hog.wait_for("> ")
+    hog.type("Tell me a short story\n")
+    stack.wait_load(lambda load: load.running == 1)
+    terminal.type("Count to 10\n")
+    terminal.wait_for("Trying again in")
+    hog.type("\x03")
+    hog.wait_for("[stopped]")
+    hog.close()
+    assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in terminal.wait_for("tokens/s]")
+
+
+def chat(*arguments: str, question: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edge.chat", *arguments],
+        cwd=ROOT,
+        input=question,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_a_piped_question_is_answered_on_stdout_alone(stack: Stack) -> None:
+    done = chat("--url", stack.url, question="Count to 10\n")
+    assert (done.returncode, done.stdout) == (0, "1, 2, 3, 4, 5, 6, 7, 8, 9, 10\n")
+    assert "tokens, first after" in done.stderr
+
+
+def test_refusals_are_told_in_one_line(stack: Stack) -> None:
+    refused = chat("--url", stack.url, "--temperature=101", question="Hi\n")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert "temperature" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    absent = chat("--url", "http://127.0.0.1:9", question="Hi\n")
+    assert absent.returncode == 1
+    assert "the connection to http://127.0.0.1:9 failed" in absent.stderr
+    assert chat("--url", "ftp://x", question="").returncode == 2
