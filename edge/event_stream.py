@@ -7,7 +7,7 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from edge.dialects.dialect import StreamEncoder
-from edge.error_response import error_response
+from edge.error_response import Refuse
 from edge.errors import ClientGoneError, EdgeError, server_error
 from edge.generation import Generation
 from edge.protocol import EXTENSION, Connection
@@ -15,13 +15,6 @@ from edge.request_log import RequestRecord
 from edge.worker_client import WorkerClient
 
 _log = structlog.get_logger("edge.request")
-
-PING = b": ping\n\n"
-HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 @dataclass(frozen=True)
@@ -43,41 +36,42 @@ class EventStream:
         send: Send,
         record: RequestRecord,
         timing: StreamTiming,
+        encoder: StreamEncoder,
+        refuse: Refuse,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
         self._record = record
         self._timing = timing
+        self._encoder = encoder
+        self._refuse = refuse
         self._clock = asyncio.get_running_loop().time
         self._last_write = self._clock()
         self._is_begun = False
         # Events and pings come from two tasks.
         self._writing = asyncio.Lock()
 
-    async def run(
-        self, generation: Generation, worker: WorkerClient, encoder: StreamEncoder
-    ) -> None:
+    async def run(self, generation: Generation, worker: WorkerClient) -> None:
         """Sends the generation to its end. Failures become a status before the 200 and an event after it."""
         try:
-            await self._run(generation, worker, encoder)
+            await self._run(generation, worker)
         except EdgeError as error:
-            await self._fail(error, encoder)
+            await self._fail(error)
         except ClientGoneError:
             raise
         except Exception:
             _log.exception("unexpected error", request_id=self._record.request_id)
-            await self._fail(server_error(), encoder)
+            await self._fail(server_error())
 
-    async def _run(
-        self, generation: Generation, worker: WorkerClient, encoder: StreamEncoder
-    ) -> None:
+    async def _run(self, generation: Generation, worker: WorkerClient) -> None:
+        encoder = self._encoder
         pinging = asyncio.create_task(self._ping_forever(generation), name="heartbeat")
         try:
             started = await generation.open(worker)
             await self._write(b"".join(map(encoder.encode, range(len(started)), started)))
             has_token = False
             while (item := await generation.read()) is not None:
-                await self._write(encoder.encode(*item) or PING)
+                await self._write(encoder.encode(*item) or encoder.ping)
                 if not has_token and item[1].HasField("delta"):
                     has_token = True
                     self._record.first_token()
@@ -85,14 +79,15 @@ class EventStream:
         finally:
             pinging.cancel()
 
-    async def _fail(self, error: EdgeError, encoder: StreamEncoder) -> None:
+    async def _fail(self, error: EdgeError) -> None:
         async with self._writing:
             self._record.error(error)
             if not self._is_begun:
                 self._is_begun = True
-                await error_response(error)(self._scope, self._receive, self._send)
+                refusal = self._refuse(error, self._record.request_id)
+                await refusal(self._scope, self._receive, self._send)
                 return
-        await self._write(encoder.error(error), is_last=self._connection is None)
+        await self._write(self._encoder.error(error), is_last=self._connection is None)
         if self._connection is not None:
             self._connection.cut()
 
@@ -108,12 +103,15 @@ class EventStream:
                 elif self._writing.locked():  # an event waits for its reader
                     await asyncio.sleep(self._timing.heartbeat_seconds)
                 else:
-                    await self._write(PING)
+                    await self._write(self._encoder.ping)
         except ClientGoneError as reason:
             generation.stop(reason)
 
     async def _write(self, data: bytes, is_last: bool = False) -> None:
         connection = self._connection
+        if self._is_begun and not data and not is_last:  # the ping of a format that has none
+            self._last_write = self._clock()
+            return
         if (
             self._is_begun
             and connection is not None
@@ -131,7 +129,11 @@ class EventStream:
                 self._is_begun = True
                 await self._send_in_time(
                     self._send,
-                    {"type": "http.response.start", "status": 200, "headers": HEADERS},
+                    {
+                        "type": "http.response.start",
+                        "status": 200,
+                        "headers": self._encoder.headers,
+                    },
                 )
             await self._send_in_time(
                 self._record.send_body,

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits
 from edge.drain import Drain
-from edge.error_response import error_response
+from edge.error_response import Refuse
 from edge.errors import ClientGoneError, EdgeError
 from edge.event_stream import EventStream, StreamTiming
 from edge.generation import Generation
@@ -26,9 +26,15 @@ class GenerateEndpoint:
     """Parses with a dialect, generates with the worker, answers with the dialect's encoder."""
 
     def __init__(
-        self, parse: Parse, worker: WorkerClient, drain: Drain, settings: EdgeSettings
+        self,
+        parse: Parse,
+        refuse: Refuse,
+        worker: WorkerClient,
+        drain: Drain,
+        settings: EdgeSettings,
     ) -> None:
         self._parse = parse
+        self._refuse = refuse
         self._worker = worker
         self._drain = drain
         self._limits = PromptLimits(
@@ -53,7 +59,7 @@ class GenerateEndpoint:
                     await self._generate(parsed, generation, scope, receive, send)
             except EdgeError as error:
                 record.error(error)
-                await error_response(error)(scope, receive, send)
+                await self._refuse(error, record.request_id)(scope, receive, send)
         except ClientGoneError:
             record.is_client_gone = True
 
@@ -69,8 +75,10 @@ class GenerateEndpoint:
         record.fields |= {"generation_id": parsed.generation_id, "streamed": parsed.streamed}
         try:
             if parsed.streamed:
-                stream = EventStream(scope, receive, send, record, self._timing)
-                await stream.run(generation, self._worker, parsed.encoder())
+                stream = EventStream(
+                    scope, receive, send, record, self._timing, parsed.encoder(), self._refuse
+                )
+                await stream.run(generation, self._worker)
             else:
                 body = await self._collect(generation, parsed.collector(), record)
                 response = Response(body, media_type="application/json")

@@ -74,7 +74,8 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     answers: list[type[BaseModel]] = [Error]
     bodies: list[type[BaseModel]] = []
     for operation in operations:
-        answers += [model for model in (operation.answer, *operation.events.values()) if model]
+        answers += [operation.error, *operation.events.values()]
+        answers += [operation.answer] if operation.answer else []
         bodies += [operation.body] if operation.body else []
     _, definitions = models_json_schema(
         [
@@ -143,7 +144,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.answer is not None:
         content["application/json"] = {"schema": _ref(operation.answer)}
     if operation.events:
-        content["text/event-stream"] = _event_stream(operation.events)
+        content["text/event-stream"] = _event_stream(operation)
     responses: dict[str, Any] = {
         "200": {"description": "Done.", "headers": _ID_HEADERS, "content": content}
     }
@@ -155,13 +156,14 @@ def _responses(operation: Operation) -> dict[str, Any]:
         responses[str(status)] = {
             "description": _REASONS.get(status) or HTTPStatus(status).phrase,
             "headers": _ID_HEADERS | (_RETRY_HEADERS if status in (429, 503) else {}),
-            "content": {"application/json": {"schema": _ref(Error)}},
+            "content": {"application/json": {"schema": _ref(operation.error)}},
         }
     return responses
 
 
-def _event_stream(events: dict[str, type[BaseModel]]) -> dict[str, Any]:
-    models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), Error]))
+def _event_stream(operation: Operation) -> dict[str, Any]:
+    events = operation.events
+    models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), operation.error]))
     names = ", ".join(f"`{name}`: {model.__name__}" for name, model in events.items() if name)
     told = f"Typed events, each with an id: {names}." if names else "Ends with `data: [DONE]`."
     return {
@@ -169,7 +171,7 @@ def _event_stream(events: dict[str, type[BaseModel]]) -> dict[str, Any]:
             "type": "string",
             "description": f"Server-sent events; the schemas of their data are in x-event-data. {told}"
             " A silent stream gets `: ping` comments. A failure after the 200 is an event whose data"
-            " is an Error; the body then breaks off.",
+            f" is an {operation.error.__name__}; the body then breaks off.",
         },
         "x-event-data": {"oneOf": [_ref(model) for model in models]},
     }

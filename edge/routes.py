@@ -12,6 +12,7 @@ from edge import response_schema as shape
 from edge.dialects import native, openai_chat, openai_completions
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.drain import Drain
+from edge.error_response import Refuse, error_response
 from edge.generate_endpoint import GenerateEndpoint, Parse
 from edge.info_endpoints import InfoEndpoints
 from edge.request_body import read_object
@@ -38,14 +39,16 @@ class Operation:
     # Data of the server-sent events, by event name; "" where events have none.
     events: dict[str, type[BaseModel]] = field(default_factory=dict)
     other_answers: dict[int, str] = field(default_factory=dict)
+    # The body of every failure.
+    error: type[BaseModel] = shape.Error
 
 
 def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> list[Operation]:
     """All of them but the document's own."""
     info = InfoEndpoints(worker, drain)
 
-    def generate(parse: Parse) -> GenerateEndpoint:
-        return GenerateEndpoint(parse, worker, drain, settings)
+    def generate(parse: Parse, refuse: Refuse = error_response) -> GenerateEndpoint:
+        return GenerateEndpoint(parse, refuse, worker, drain, settings)
 
     return [
         Operation(

@@ -1,22 +1,42 @@
 """What a wire format provides."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
 from edge.errors import EdgeError
 from protos.sluice.v1 import generation_pb2 as pb
 
+Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
-class StreamEncoder(Protocol):
-    """Turns the messages of one generation into server-sent events. May raise EdgeError instead."""
+_NEVER_STORED: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
+
+def stream_headers(content_type: str) -> Headers:
+    """Headers of an answer that comes piece by piece and that nobody on the way may hold back."""
+    return [(b"content-type", content_type.encode()), *_NEVER_STORED]
+
+
+class StreamEncoder(ABC):
+    """Turns the messages of one generation into the pieces of a stream, server-sent events unless it says otherwise.
+
+    May raise EdgeError instead.
+    """
+
+    headers: ClassVar[Headers] = stream_headers("text/event-stream; charset=utf-8")
+    # What a silent stream sends now and then; empty where the format has nothing that means nothing.
+    ping: ClassVar[bytes] = b": ping\n\n"
+
+    @abstractmethod
     def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
         """The events of one message; nothing for a heartbeat."""
 
+    @abstractmethod
     def end(self) -> bytes:
         """The events after the last message."""
 
+    @abstractmethod
     def error(self, error: EdgeError) -> bytes:
         """The event that ends a failed stream."""
 

@@ -9,7 +9,7 @@ from google.protobuf import duration_pb2
 from pydantic import Field
 
 from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
-from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits
+from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.schema import (
     Items,
     RequestModel,
@@ -164,7 +164,7 @@ def _never() -> Collector:
     raise AssertionError("this dialect always streams")
 
 
-class NativeEncoder:
+class NativeEncoder(StreamEncoder):
     """Messages to `started`, `delta`, `finished` and `failed` events."""
 
     def __init__(self, request_id: str) -> None:

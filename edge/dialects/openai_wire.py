@@ -1,10 +1,10 @@
 """What both OpenAI routes send alike: chunk frames, usage, finish reasons, errors."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from edge.dialects.dialect import sse_data
+from edge.dialects.dialect import StreamEncoder, sse_data
 from edge.errors import EdgeError, from_finish, server_error
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
@@ -120,7 +120,7 @@ class ChunkFrame:
         return sse_data(encode(error.body()))
 
 
-class ChunkEncoder(ABC):
+class ChunkEncoder(StreamEncoder):
     """Messages to the events of an OpenAI stream. Choice i of prompt p has index p*n + i."""
 
     object: ClassVar[str]

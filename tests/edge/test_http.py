@@ -191,7 +191,8 @@ async def test_models(http: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/static/../app.py", 404),
+        ("GET", "/static", 404),
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/chat/completions", 405),
         ("PUT", "/v1/streams", 405),

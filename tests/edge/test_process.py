@@ -41,14 +41,16 @@ def test_help_lists_every_setting_with_default_unit_and_variable() -> None:
     text = " ".join(done.stdout.replace("-\n", "-").split())
     for name, field in EdgeSettings.model_fields.items():
         flag = "--" + name.replace("_", "-")
+        # a switch's value may be left out
         entry = re.search(
-            rf"(?<!\[){flag} ([A-Z]+) [A-Za-z][^()]*\(default: ([^;]*); env: (\w+)\)", text
+            rf"(?<!\[){flag} \[?([A-Z]+)\]? [A-Za-z][^()]*\(default: ([^;]*); env: (\w+)\)", text
         )
         assert entry, flag
         assert entry[3] == ENV_PREFIX + name.upper()
         counts = field.annotation in (int, float) and name != "port"
         unit = f" {entry[1].lower()}" if counts else ""
-        assert entry[2] == (f"{field.default}{unit}" or "none")
+        default = str(field.default).lower() if field.annotation is bool else field.default
+        assert entry[2] == (f"{default}{unit}" or "none")
 
 
 @pytest.mark.parametrize(
