@@ -1,16 +1,37 @@
 """Kernels of the CUDA path, in Triton.
 
 Import a module of this package only where `is_available()`: each imports triton, which is not needed
-and may be missing where there is no CUDA.
+and may be missing where there is no CUDA. Tensors lie on the current CUDA device.
+
+Padding, for batches of a fixed size: a row of length 0 attends to nothing and gives zeros, a token of slot -1 writes
+nothing to the cache, and block tables are never read past a row's length. So a padded row has length 0, slot -1,
+position 0 and any block table, and whatever it computes reaches no other row.
+
+What runs on a CPU: every kernel, through triton's interpreter, against torch's own operations; and every kernel is
+compiled to machine code for compute capabilities 8.0 and 9.0. What only a GPU can run, and no test without one
+covers: the compiled code itself, and the tile sizes, warps and stages, which no measurement has chosen yet.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
+
+# For what is laid out without a CUDA device, as the interpreter's launches are: the count of an H100 or H200.
+_NUM_PROCESSORS_WITHOUT_CUDA = 132
 
 
 def is_available() -> bool:
     """Whether kernels can run here: a CUDA device and an installed triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a device, which a launch wants to keep busy."""
+    if device.type != "cuda":
+        return _NUM_PROCESSORS_WITHOUT_CUDA
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

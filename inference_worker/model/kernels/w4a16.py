@@ -8,11 +8,19 @@ A weight is (q - z) * s, with the zero z and the scale s of its group of rows (a
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+
+from inference_worker.model.kernels import num_processors
 
 MAX_GEMV_ROWS = 16
 _COLUMNS_OF_A_WORD = 8
-# the nibble that holds a word's column 0, 1, ... 7
-_NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+# Columns and, when dequantizing, rows of weights that one program holds.
+_COLUMNS = 64
+_ROWS = 32
+# Fewest rows of a matrix product on tensor cores.
+_LEAST_ROWS = tl.constexpr(16)
+_MOST_SPLITS = 16
 
 
 def w4a16_gemv(
@@ -24,17 +32,43 @@ def w4a16_gemv(
 ) -> torch.Tensor:
     """x [rows, in] times the weights [in, out]: [rows, out] in x's dtype, for at most `MAX_GEMV_ROWS` rows.
 
-    The same input gives the same bits every time.
+    The weights are used as they are stored, exact until the sum of a group is scaled in float32, so the result is
+    slightly nearer to the exact one than a product with weights that were rounded to 16 bits. The groups are cut into
+    splits that are summed in order: the same input gives the same bits, whatever the other rows are.
 
-    Raises: ValueError for shapes or dtypes that do not fit together.
+    Raises: ValueError for shapes, dtypes or layouts that do not fit together.
     """
     _check(qweight, scales, qzeros, group_size)
-    if x.ndim != 2 or x.shape[1] != qweight.shape[0] or not 1 <= x.shape[0] <= MAX_GEMV_ROWS:
-        raise ValueError(
-            f"x is {list(x.shape)}; 1 to {MAX_GEMV_ROWS} rows of {qweight.shape[0]} are wanted"
+    num_in, num_out = qweight.shape[0], scales.shape[1]
+    if x.ndim != 2 or x.shape[1] != num_in or not 1 <= len(x) <= MAX_GEMV_ROWS:
+        raise ValueError(f"x is {list(x.shape)}; 1 to {MAX_GEMV_ROWS} rows of {num_in} are wanted")
+    if not x.is_contiguous():
+        raise ValueError("x is not contiguous")
+    rows, num_groups = len(x), len(scales)
+    columns = triton.cdiv(num_out, _COLUMNS)
+    splits = min(num_groups, _MOST_SPLITS, triton.cdiv(2 * num_processors(x.device), columns))
+    out = x.new_empty(rows, num_out)
+    parts = out if splits == 1 else out.new_empty(splits, rows, num_out, dtype=torch.float32)
+    _gemv[(columns, splits)](
+        x,
+        qweight,
+        scales,
+        qzeros,
+        parts,
+        rows,
+        IN=num_in,
+        OUT=num_out,
+        GROUP=group_size,
+        GROUPS_OF_A_SPLIT=triton.cdiv(num_groups, splits),
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+        num_stages=4,
+    )
+    if splits > 1:
+        _sum[(triton.cdiv(rows * num_out, 1024),)](
+            parts, out, rows * num_out, SPLITS=splits, WIDTH=1024, num_warps=4
         )
-    weight = w4a16_dequantize(qweight, scales, qzeros, group_size, torch.float32)
-    return (x.float() @ weight).to(x.dtype)
+    return out
 
 
 def w4a16_dequantize(
@@ -46,32 +80,139 @@ def w4a16_dequantize(
 ) -> torch.Tensor:
     """The weights [in, out] in a dtype, each rounded once.
 
-    Raises: ValueError for shapes or dtypes that do not fit together.
+    Raises: ValueError for shapes, dtypes or layouts that do not fit together.
     """
     _check(qweight, scales, qzeros, group_size)
-    integers = _unpack(qweight) - _unpack(qzeros).repeat_interleave(group_size, 0)
-    return (integers.float() * scales.float().repeat_interleave(group_size, 0)).to(dtype)
-
-
-def _unpack(words: torch.Tensor) -> torch.Tensor:
-    """Nibbles [rows, columns] of words [rows, columns / 8], as int32."""
-    shifts = 4 * torch.tensor(_NIBBLE_OF_COLUMN, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts) & 15).flatten(-2)
+    num_in, num_out = qweight.shape[0], scales.shape[1]
+    out = torch.empty(num_in, num_out, dtype=dtype, device=qweight.device)
+    _dequantize[(num_in // _ROWS, triton.cdiv(num_out, _COLUMNS))](
+        qweight,
+        scales,
+        qzeros,
+        out,
+        OUT=num_out,
+        GROUP=group_size,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+    )
+    return out
 
 
 def _check(
     qweight: torch.Tensor, scales: torch.Tensor, qzeros: torch.Tensor, group_size: int
 ) -> None:
-    num_rows, num_words = qweight.shape
-    if group_size < 1 or num_rows % group_size:
-        raise ValueError(f"{num_rows} rows are not a multiple of the group size {group_size}")
-    num_groups = num_rows // group_size
+    num_in, num_words = qweight.shape
+    if group_size not in (32, 64, 128):
+        raise ValueError(f"the group size is {group_size}; 32, 64 and 128 are supported")
+    if num_in % group_size:
+        raise ValueError(f"{num_in} rows are not a multiple of the group size {group_size}")
+    num_groups = num_in // group_size
     for name, tensor, shape in (
-        ("scales", scales, (num_groups, num_words * _COLUMNS_OF_A_WORD)),
-        ("qzeros", qzeros, (num_groups, num_words)),
+        ("qweight", qweight, [num_in, num_words]),
+        ("scales", scales, [num_groups, num_words * _COLUMNS_OF_A_WORD]),
+        ("qzeros", qzeros, [num_groups, num_words]),
     ):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}; {list(shape)} is wanted")
-    for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
-        if tensor.dtype != torch.int32:
+        if list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {list(tensor.shape)}; a contiguous {shape} is wanted")
+        if name != "scales" and tensor.dtype != torch.int32:
             raise ValueError(f"{name} is of {tensor.dtype}; int32 is wanted")
+
+
+@triton.jit
+def _nibbles(words, COLUMNS: tl.constexpr):
+    """Eight columns of each word, in order, as the bits of float32 2^23 + nibble: no conversion from integers."""
+    spread = tl.interleave(words, words)
+    spread = tl.interleave(spread, spread)
+    spread = tl.interleave(spread, spread)
+    column = tl.arange(0, COLUMNS) % 8
+    # even columns are in the word's lower half, odd ones in its upper half
+    shift = (column // 2 + column % 2 * 4) * 4
+    return ((spread >> shift[None, :]) & 15 | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gemv(
+    x,
+    qweight,
+    scales,
+    qzeros,
+    parts,
+    rows,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_OF_A_SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program some columns and a split's groups, each group one matrix product."""
+    split = tl.program_id(1)
+    row = tl.arange(0, _LEAST_ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    inside = column < OUT
+    is_word = (word < OUT // 8)[None, :]
+    total = tl.zeros([_LEAST_ROWS, COLUMNS], tl.float32)
+    first = split * GROUPS_OF_A_SPLIT
+    for group in range(first, tl.minimum(first + GROUPS_OF_A_SPLIT, IN // GROUP)):
+        entry = group * GROUP + tl.arange(0, GROUP)
+        inputs = tl.load(
+            x + row[:, None] * IN + entry[None, :], mask=(row < rows)[:, None], other=0.0
+        )
+        words = tl.load(
+            qweight + entry.to(tl.int64)[:, None] * (OUT // 8) + word[None, :],
+            mask=is_word,
+            other=0,
+        )
+        zeros = tl.load(qzeros + group * (OUT // 8) + word[None, :], mask=is_word, other=0)
+        scale = tl.load(scales + group * OUT + column, mask=inside, other=0.0).to(tl.float32)
+        # exact: both are 2^23 and a nibble
+        weights = _nibbles(words, COLUMNS) - _nibbles(zeros, COLUMNS)
+        product = tl.dot(inputs, weights.to(inputs.dtype), input_precision="ieee")
+        total += product * scale[None, :]
+    place = (split * rows + row)[:, None] * OUT + column[None, :]
+    tl.store(
+        parts + place,
+        total.to(parts.dtype.element_ty),
+        mask=(row < rows)[:, None] & inside[None, :],
+    )
+
+
+@triton.jit
+def _sum(parts, out, count, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over the splits, one after the other."""
+    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = index < count
+    total = tl.zeros([WIDTH], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + split * count + index, mask=inside, other=0.0)
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dequantize(
+    qweight,
+    scales,
+    qzeros,
+    out,
+    OUT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program a tile of weights, of one group: its rows divide any group size."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    word = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    inside = column < OUT
+    is_word = (word < OUT // 8)[None, :]
+    group = tl.program_id(0) * ROWS // GROUP
+    words = tl.load(qweight + row[:, None] * (OUT // 8) + word[None, :], mask=is_word, other=0)
+    zeros = tl.load(qzeros + group * (OUT // 8) + word[None, :], mask=is_word, other=0)
+    scale = tl.load(scales + group * OUT + column, mask=inside, other=0.0).to(tl.float32)
+    weights = (_nibbles(words, COLUMNS) - _nibbles(zeros, COLUMNS)) * scale[None, :]
+    tl.store(
+        out + row[:, None] * OUT + column[None, :],
+        weights.to(out.dtype.element_ty),
+        mask=inside[None, :],
+    )
