@@ -47,7 +47,7 @@ class Case:
     def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [tokens, heads, dim] as projected."""
         heads = self.qkv.view(len(self.qkv), -1, self.dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], 1)
         return q, k, v
 
     def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
