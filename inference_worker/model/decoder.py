@@ -30,20 +30,20 @@ class FusedDecoder:
     """
 
     def __init__(self, embedding: nn.Embedding, rotary: nn.Module, layers: list[Layer], head: Head):
-        self._embedding = embedding
-        self._rotary = rotary
-        self._layers = layers
-        self._head = head
+        self.embedding = embedding
+        self.rotary = rotary
+        self.layers = layers
+        self.head = head
 
     def __call__(self, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
         """See Forward."""
-        hidden = self._embedding(batch.input_ids)
+        hidden = self.embedding(batch.input_ids)
         # the model's own frequencies, whatever they are scaled by
-        cos, sin = self._rotary(hidden, batch.positions[None])
+        cos, sin = self.rotary(hidden, batch.positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
-        for layer in self._layers:
+        for layer in self.layers:
             hidden = layer(hidden, cos, sin, batch)
-        return self._head(hidden[wanted])
+        return self.head(hidden[wanted])
 
 
 class Layer:
@@ -52,64 +52,64 @@ class Layer:
     def __init__(self, source: Any, qkv: Projection, gate_up: Projection) -> None:
         """`source` is the model's layer, `qkv` and `gate_up` are its fused projections."""
         attention, mlp = source.self_attn, source.mlp
-        self._index: int = attention.layer_idx
-        self._scaling: float = attention.scaling
-        self._head_dim: int = attention.head_dim
+        self.index: int = attention.layer_idx
+        self.scaling: float = attention.scaling
+        self.head_dim: int = attention.head_dim
         num_heads, num_kv_heads = (
             linear.out_features // attention.head_dim
             for linear in (attention.q_proj, attention.k_proj)
         )
-        self._heads = [num_heads, num_kv_heads, num_kv_heads]
-        self._qkv = qkv
-        self._output: Projection = attention.o_proj
-        self._gate_up = gate_up
-        self._down: Projection = mlp.down_proj
-        self._activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn
-        self._input_norm = Norm(source.input_layernorm)
-        self._mlp_norm = Norm(source.post_attention_layernorm)
+        self.heads = [num_heads, num_kv_heads, num_kv_heads]
+        self.qkv = qkv
+        self.output: Projection = attention.o_proj
+        self.gate_up = gate_up
+        self.down: Projection = mlp.down_proj
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn
+        self.input_norm = Norm(source.input_layernorm)
+        self.mlp_norm = Norm(source.post_attention_layernorm)
         has_norms = hasattr(attention, "q_norm")
-        self._query_norm = Norm(attention.q_norm) if has_norms else None
-        self._key_norm = Norm(attention.k_norm) if has_norms else None
+        self.query_norm = Norm(attention.q_norm) if has_norms else None
+        self.key_norm = Norm(attention.k_norm) if has_norms else None
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """Hidden states [tokens, size] after this layer; `cos` and `sin` are [tokens, 1, head dim]."""
-        qkv = self._qkv(self._input_norm(hidden))
-        heads = qkv.view(len(hidden), -1, self._head_dim)
-        query, key, value = torch.split(heads, self._heads, 1)
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = self._query_norm(query), self._key_norm(key)
+        qkv = self.qkv(self.input_norm(hidden))
+        heads = qkv.view(len(hidden), -1, self.head_dim)
+        query, key, value = torch.split(heads, self.heads, 1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        attended = attend(batch, self._index, query, key, value, self._scaling)
-        hidden = hidden + self._output(attended.flatten(1))
-        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, -1)
-        return hidden + self._down(self._activation(gate) * up)
+        attended = attend(batch, self.index, query, key, value, self.scaling)
+        hidden = hidden + self.output(attended.flatten(1))
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
+        return hidden + self.down(self.activation(gate) * up)
 
 
 class Norm:
     """Root mean square normalisation (arXiv 1910.07467)."""
 
     def __init__(self, source: Any) -> None:
-        self._weight: torch.Tensor = source.weight
-        self._epsilon: float = source.variance_epsilon
-        self._shape = tuple(source.weight.shape)
+        self.weight: torch.Tensor = source.weight
+        self.epsilon: float = source.variance_epsilon
+        self.shape = tuple(source.weight.shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
-        return functional.rms_norm(x, self._shape, self._weight, self._epsilon)
+        return functional.rms_norm(x, self.shape, self.weight, self.epsilon)
 
 
 class Head:
     """The last norm and the logits."""
 
     def __init__(self, norm: Norm, projection: Projection) -> None:
-        self._norm = norm
-        self._projection = projection
+        self.norm = norm
+        self.projection = projection
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [tokens, vocabulary]."""
-        return self._projection(self._norm(hidden))
+        return self.projection(self.norm(hidden))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
