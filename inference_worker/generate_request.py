@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import (
@@ -53,11 +55,19 @@ class Reading:
     output: OutputParams
     sends_token_ids: bool
     n: int
+    delivered: DeliveredRequest
 
-    def to_engine(self, prompt: list[int], limits: Limits, admitted_at: float) -> Request:
-        """Complete the request.
+    def to_engine(
+        self,
+        prompt: list[int],
+        limits: Limits,
+        new_detokenizer: NewDetokenizer,
+        admitted_at: float,
+    ) -> Request:
+        """Complete the request. Takes time in proportion to what was delivered of it.
 
-        Raises: ContextExceeded, if prompt and completion can never fit.
+        Raises: ContextExceeded, if prompt and completion can never fit; InvalidField, if what was delivered cannot have
+        come from this prompt.
         """
         room = limits.context_length - len(prompt)
         least = 1 if self.max_tokens is None else min(self.max_tokens, 1)
@@ -78,17 +88,20 @@ class Reading:
                 tokens=total,
                 limit=limits.context_length,
             )
+        max_tokens = room if self.max_tokens is None else self.max_tokens
+        continuation, has_echo_left = self.delivered.to_engine(
+            prompt, max_tokens, self.output.echo, self.stop_sequences, new_detokenizer, self.n
+        )
         return Request(
             request_id=self.request_id,
             prompt=tuple(prompt),
-            stopping=StoppingParams(
-                max_tokens=room if self.max_tokens is None else self.max_tokens,
-                stop_sequences=self.stop_sequences,
-                stop_token_ids=self.stop_token_ids,
-            ),
+            stopping=StoppingParams(max_tokens, self.stop_sequences, self.stop_token_ids),
             sampling=self.sampling,
-            output=self.output,
+            output=replace(
+                self.output, prompt_logprobs=self.output.prompt_logprobs and has_echo_left
+            ),
             n=self.n,
+            continuation=continuation,
             admitted_at=admitted_at,
         )
 
@@ -108,16 +121,31 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     check_range("n", n, 1, limits.max_choices)
     output = _read_output(message.output)
     stopping = message.stopping
+    sampling = _read_sampling(message.sampling, model)
+    stop_token_ids = _read_stop_token_ids(stopping, model)
+    max_tokens = _read_max_tokens(stopping, output)
+    is_continued = message.HasField("continuation")
+    if is_continued and sampling.temperature > 0 and not message.sampling.HasField("seed"):
+        # one of our own making would draw other tokens than the first worker's
+        raise InvalidField("sampling.seed", "a continuation needs the seed that `started` told")
+    delivered = read_continuation(
+        message.continuation,
+        n,
+        max_tokens=limits.context_length if max_tokens is None else max_tokens,
+        vocabulary_size=model.vocabulary_size,
+        stop_token_ids=stop_token_ids,
+    )
     return Reading(
         request_id=_read_request_id(message),
         prompt=message.prompt,
-        sampling=_read_sampling(message.sampling, model),
+        sampling=sampling,
         stop_sequences=_read_stop_sequences(stopping),
-        stop_token_ids=_read_stop_token_ids(stopping, model),
-        max_tokens=_read_max_tokens(stopping, output),
+        stop_token_ids=stop_token_ids,
+        max_tokens=max_tokens,
         output=output,
         sends_token_ids=message.output.token_ids,
         n=n,
+        delivered=delivered,
     )
 
 
@@ -128,7 +156,6 @@ def _refuse_later_features(message: pb.GenerateRequest) -> None:
         constraint=message.HasField("constraint"),
         priority=message.HasField("priority"),
         resume_window=message.HasField("resume_window"),
-        continuation=message.HasField("continuation"),
     )
 
 
@@ -146,7 +173,11 @@ def _read_sampling(message: pb.Sampling, model: ModelInfo) -> SamplingParams:
     default = model.default_sampling
 
     def choose(name: str, otherwise: float) -> float:
-        return float(getattr(message, name)) if message.HasField(name) else otherwise  # type: ignore[arg-type]
+        if message.HasField(name):  # type: ignore[arg-type]
+            return float(getattr(message, name))
+        # In the contract's precision, so that `started` tells exactly what is in effect and a continuation of the
+        # request draws alike.
+        return float(struct.unpack("f", struct.pack("f", otherwise))[0])
 
     bias = message.logit_bias
     return SamplingParams(

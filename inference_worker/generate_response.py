@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 from google.protobuf import duration_pb2
 
+from inference_worker.continuation import DeliveredRequest
 from inference_worker.engine import event
 from inference_worker.engine.request import Request, SamplingParams
 from inference_worker.generate_request import Reading
@@ -75,6 +77,7 @@ class StreamWriter:
         message = self._next()
         footer = message.finished
         footer.choice_index = finished.choice_index
+        footer.completion_tokens = finished.completion_tokens
         footer.finish_reason = pb.FinishReason.Value(f"FINISH_REASON_{finished.reason.name}")
         if finished.stop_sequence is not None:
             footer.stop_sequence = finished.stop_sequence
@@ -136,14 +139,21 @@ def sampling_message(sampling: SamplingParams, model: ModelInfo) -> pb.Sampling:
     )
 
 
-def unstarted_endings(n: int, reason: event.FinishReason) -> Iterable[event.Finished]:
+def unstarted_endings(
+    delivered: DeliveredRequest, n: int, reason: event.FinishReason
+) -> Iterable[event.Finished]:
     """The footers of a request that ended before the engine had it."""
-    for choice_index in range(n - 1):
-        yield event.Finished(choice_index, reason)
-    yield event.Finished(
-        n - 1,
-        reason,
-        usage=event.Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+    footers = [
+        event.Finished(index, reason, completion_tokens=delivered.num_tokens_of(index))
+        for index in range(n)
+        if index not in delivered.finished
+    ]
+    yield from footers[:-1]
+    yield replace(
+        footers[-1],
+        usage=event.Usage(
+            prompt_tokens=0, completion_tokens=delivered.num_tokens_in_usage, cached_tokens=0
+        ),
         timings=event.Timings(queued=0.0, prefill=0.0, decode=0.0, time_to_first_token=0.0),
     )
 

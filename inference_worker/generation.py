@@ -55,7 +55,7 @@ class Generation:
         self._record = record
         self._writer = StreamWriter(reading, backend.served.info, backend.served.tokenizer)
         self._admitted_at = time.monotonic()
-        self._tokenizing: asyncio.Future[list[int]] | None = None
+        self._tokenizing: asyncio.Future[Request] | None = None
         self._request: Request | None = None  # set once the engine has it
         self._end_reason: FinishReason | None = None
         self._queue_position = 0
@@ -83,12 +83,12 @@ class Generation:
         Raises: SluiceError.
         """
         try:
-            prompt = await self._read_prompt()
-            if prompt is None:
+            request = await self._prepare()
+            if request is None:
                 for message in self._unstarted(self._end_reason or FinishReason.CANCELLED):
                     yield message
                 return
-            stream = self._submit(prompt)
+            stream = self._submit(request)
             with Watchdog(self._backend.heartbeat_seconds, stream.wake) as silence:
                 silence.begin()
                 is_read = False
@@ -106,9 +106,11 @@ class Generation:
             if self._request is not None and not self._is_over:
                 self._backend.engine.cancel(self._request)
 
-    async def _read_prompt(self) -> list[int] | None:
-        """Token ids, or None if the request was ended meanwhile."""
-        tokenizing = self._tokenizing = self._backend.prompts.read(self._reading.prompt)
+    async def _prepare(self) -> Request | None:
+        """The request with its prompt tokenized, or None if it was ended meanwhile."""
+        tokenizing = self._tokenizing = self._backend.prompts.read(
+            self._reading.prompt, self._complete, num_more_tokens=self._reading.delivered.num_tokens
+        )
         # Not `await tokenizing`: end() cancels it, and that must not look like the caller's going away.
         await asyncio.wait([tokenizing])
         if self._end_reason is not None:
@@ -117,9 +119,15 @@ class Generation:
             return None
         return tokenizing.result()
 
-    def _submit(self, prompt: list[int]) -> EventStream:
-        request = self._reading.to_engine(prompt, self._backend.limits, self._admitted_at)
-        self._ticket.set_prompt_tokens(len(prompt))
+    def _complete(self, prompt: list[int]) -> Request:
+        """The request with its prompt. Runs on a tokenizer's thread."""
+        new_detokenizer = self._backend.served.tokenizer.new_detokenizer
+        return self._reading.to_engine(
+            prompt, self._backend.limits, new_detokenizer, self._admitted_at
+        )
+
+    def _submit(self, request: Request) -> EventStream:
+        self._ticket.set_prompt_tokens(len(request.prompt) + self._reading.delivered.num_tokens)
         stream = self._backend.engine.submit(request, self._account)
         self._backend.registry.join_queue(request.request_id)
         self._request = request
@@ -174,6 +182,6 @@ class Generation:
 
     def _unstarted(self, reason: FinishReason) -> Iterator[pb.GenerateResponse]:
         yield self._writer.started(None, cached_tokens=0, queue_position=0)
-        for finished in unstarted_endings(self._reading.n, reason):
+        for finished in unstarted_endings(self._reading.delivered, self._reading.n, reason):
             self._record.note(finished)
             yield self._writer.finished(finished)

@@ -93,9 +93,15 @@ class PromptReader:
         self._small = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-small")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-large")
 
-    def read(self, prompt: pb.Prompt, path: str = "prompt") -> asyncio.Future[list[int]]:
-        """Token ids of a checked prompt. The future raises InvalidField."""
-        return self._run(lambda: self._read(prompt, path), prompt.ByteSize())
+    def read(
+        self, prompt: pb.Prompt, then: Callable[[list[int]], T], num_more_tokens: int = 0
+    ) -> asyncio.Future[T]:
+        """What `then` makes of the token ids of a checked prompt, on the same thread.
+
+        `num_more_tokens`: that `then` has to look at besides. The future raises InvalidField and what `then` raises.
+        """
+        size = prompt.ByteSize() + _BYTES_PER_TOKEN * num_more_tokens
+        return self._run(lambda: then(self._read(prompt, "prompt")), size)
 
     def tokenize(self, prompt: pb.Prompt) -> asyncio.Future[pb.TokenizeResponse]:
         """Token ids and their bytes. The future raises InvalidField."""

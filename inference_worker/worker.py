@@ -133,7 +133,9 @@ class Worker:
             self._check_model(message.model)
         reading = read_request(message, self._served.info, self._backend.limits)
         self._registry.check_free(reading.request_id)
-        with self._admission.admit(reading.n, estimate_tokens(reading.prompt)) as ticket:
+        delivered = reading.delivered
+        num_tokens = estimate_tokens(reading.prompt) + delivered.num_tokens
+        with self._admission.admit(reading.n - len(delivered.finished), num_tokens) as ticket:
             generation = Generation(self._backend, reading, ticket, record)
             with self._registry.hold(reading.request_id, generation):
                 record.admitted(reading.request_id, self._served.info.name)

@@ -28,6 +28,7 @@ class ChoiceOutput:
         self._stops = StopStrings(stop_strings)
         self._num_decoded = 0  # characters that came out of the detokenizer
         self._num_certain = 0  # of them, characters that may be seen
+        self._num_known = 0  # of the certain ones to come, characters that the reader has
         self._text: list[str] = []  # certain, not yet taken
         self._tokens: deque[tuple[int, Token]] = deque()  # (characters decoded by its end, token)
 
@@ -36,12 +37,33 @@ class ChoiceOutput:
         """The stop sequence that came; nothing is pushed after it."""
         return self._stops.matched
 
-    def echo(self, prompt: Sequence[Token]) -> Iterator[Delta]:
-        """The prompt, in deltas of bounded size. Stop sequences are not looked for in it."""
-        for start in range(0, len(prompt), MAX_ECHO_TOKENS):
+    @property
+    def num_decoded(self) -> int:
+        """Characters that the completion's tokens spell so far."""
+        return self._num_decoded
+
+    def echo(self, prompt: Sequence[Token], num_known: int = 0) -> Iterator[Delta]:
+        """The prompt after its first `num_known` tokens, which the reader has, in deltas of bounded size.
+
+        Stop sequences are not looked for in it.
+        """
+        for token in prompt[:num_known]:
+            self._detokenizer.push(token.token_id)
+        for start in range(num_known, len(prompt), MAX_ECHO_TOKENS):
             tokens = tuple(prompt[start : start + MAX_ECHO_TOKENS])
             text = "".join([self._detokenizer.push(token.token_id) for token in tokens])
             yield Delta(self.choice_index, text, tokens, is_prompt=True)
+
+    def replay(self, token_ids: Sequence[int], num_characters: int) -> None:
+        """Take in the first completion tokens, which the reader has, and so many characters of the text.
+
+        Neither is given out again, though some of the characters may be of tokens yet to be pushed. A stop sequence
+        in the tokens' text is found.
+        """
+        text = "".join([self._detokenizer.push(token_id) for token_id in token_ids])
+        self._num_decoded = len(text)
+        self._num_known = num_characters
+        self._add(self._stops.replay(text))
 
     def push(self, token: Token) -> None:
         """Add a completion token."""
@@ -75,5 +97,7 @@ class ChoiceOutput:
 
     def _add(self, certain: str) -> None:
         self._num_certain += len(certain)
-        if certain:
-            self._text.append(certain)
+        new = certain[self._num_known :]
+        self._num_known -= len(certain) - len(new)
+        if new:
+            self._text.append(new)

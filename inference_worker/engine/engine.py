@@ -12,6 +12,7 @@ from typing import Protocol
 
 from inference_worker.engine.block_pool import BlockPool
 from inference_worker.engine.choice_output import ChoiceOutput
+from inference_worker.engine.continuation import Continued
 from inference_worker.engine.detokenizer import Detokenizer
 from inference_worker.engine.event import (
     Event,
@@ -119,14 +120,16 @@ class Engine:
         """Take a request into the queue. A request that cannot even be prepared fails at once."""
         live = self._live[request.key] = LiveRequest(request)
         try:
-            leader = self._new_sequence(live, choice_index=0)
+            leader = self._new_sequence(live, is_leader=True)
+            cached = min(self._pool.count_cached_tokens(leader), len(request.prompt))
+            position = len(self._scheduler.waiting)
+            self._emit(live, Started(len(request.prompt), cached, position))
+            self._scheduler.add(leader)
+            while self._end_if_complete(live, leader) and live.unbegun:
+                leader = self._new_sequence(live, is_leader=True)
+                self._scheduler.add(leader)
         except Exception as error:  # in its detokenizer or stop sequences; nobody else's
             self._fail(live, error)
-            return
-        cached = self._pool.count_cached_tokens(leader)
-        position = len(self._scheduler.waiting)
-        self._scheduler.add(leader)
-        self._emit(live, Started(len(request.prompt), cached, position))
 
     def cancel(self, request: Request, reason: FinishReason | None) -> None:
         """End a request now and free its blocks; tell its reader if there is a reason. Ended ones are ignored."""
@@ -138,8 +141,8 @@ class Engine:
         try:
             for sequence in list(live.sequences):
                 self._finish(live, sequence, reason)
-            for choice_index in range(live.num_choices_begun, live.request.n):
-                self._emit_finished(live, Finished(choice_index, reason))
+            while live.unbegun:
+                self._emit_finished(live, self._unbegun_footer(live, reason))
         except Exception as error:  # in its text; nobody else's
             self._fail(live, error)
 
@@ -186,20 +189,35 @@ class Engine:
             except Exception as error:  # the batch's other rows have nothing to do with it
                 self._fail(live, error)
 
-    def _new_sequence(self, live: LiveRequest, choice_index: int) -> Sequence:
+    def _new_sequence(self, live: LiveRequest, *, is_leader: bool) -> Sequence:
+        """The next choice that had none."""
         request = live.request
-        detokenizer = self._new_detokenizer(at_start=request.output.echo)
+        choice_index = live.unbegun[0]
+        continued = request.continuation.continued.get(choice_index)
+        if continued is None:
+            detokenizer = self._new_detokenizer(at_start=request.output.echo)
+            output = ChoiceOutput(choice_index, detokenizer, live.stop_strings)
+            continued = Continued(token_ids=(), num_echoed=0, output=output)
         sequence = Sequence(
             request=request,
             choice_index=choice_index,
-            output=ChoiceOutput(choice_index, detokenizer, live.stop_strings),
-            token_ids=list(request.prompt),
+            output=continued.output,
+            token_ids=[*request.prompt, *continued.token_ids],
             max_tokens=min(len(request.prompt) + request.stopping.max_tokens, self._max_tokens),
+            is_leader=is_leader,
+            num_echoed=continued.num_echoed,
             cache_salt=b"" if self._options.prefix_cache else request.key.to_bytes(8, "little"),
         )
+        live.unbegun.popleft()
         live.sequences.append(sequence)
-        live.num_choices_begun += 1
         return sequence
+
+    def _end_if_complete(self, live: LiveRequest, sequence: Sequence) -> bool:
+        """End a new choice that another engine brought to its last token but not to its footer."""
+        is_complete = sequence.num_completion_tokens > 0 and sequence.is_full
+        if is_complete:
+            self._finish(live, sequence, FinishReason.LENGTH)
+        return is_complete
 
     def _note_scheduled(self, rows: Iterable[Row]) -> None:
         now = time.monotonic()
@@ -207,7 +225,7 @@ class Engine:
             live = self._live[row.sequence.request.key]
             if live.scheduled_at is None:
                 live.scheduled_at = now
-                live.num_cached_tokens = row.start
+                live.num_cached_tokens = min(row.start, len(live.request.prompt))
                 self._emit(live, Scheduled())
 
     def _advance(self, live: LiveRequest, row: Row, output: RowOutput) -> None:
@@ -217,7 +235,7 @@ class Engine:
             live.add_prompt_scores(row.start, output.prompt_logprobs)
         if output.token is None:
             return
-        if sequence.num_completion_tokens == 0:
+        if not sequence.has_drawn:
             self._begin_completion(live, sequence)
         if live.request.stopping.max_tokens == 0:
             self._finish(live, sequence, FinishReason.LENGTH)
@@ -226,14 +244,17 @@ class Engine:
 
     def _begin_completion(self, live: LiveRequest, sequence: Sequence) -> None:
         """The prompt is computed: echo it, and let the other choices share it."""
+        sequence.has_drawn = True
         if live.first_token_at is None:
             live.first_token_at = time.monotonic()
-        if live.request.output.echo:
-            for delta in sequence.output.echo(live.prompt_tokens()):
+        if live.request.output.echo and sequence.num_echoed < sequence.num_prompt_tokens:
+            for delta in sequence.output.echo(live.prompt_tokens(), sequence.num_echoed):
                 self._emit(live, delta)
-        if sequence.choice_index == 0 and live.request.n > 1:
-            siblings = [self._new_sequence(live, i) for i in range(1, live.request.n)]
+        if sequence.is_leader and live.unbegun:
+            siblings = [self._new_sequence(live, is_leader=False) for _ in tuple(live.unbegun)]
             self._scheduler.add_siblings(siblings)
+            for sibling in siblings:
+                self._end_if_complete(live, sibling)
 
     def _append(self, live: LiveRequest, sequence: Sequence, token: Token) -> None:
         """Add a drawn token, and end the choice if it is the last."""
@@ -247,7 +268,7 @@ class Engine:
         sequence.output.push(token)
         if sequence.output.stop_sequence is not None:
             self._finish(live, sequence, FinishReason.STOP_SEQUENCE)
-        elif len(sequence.token_ids) >= sequence.max_tokens:
+        elif sequence.is_full:
             self._finish(live, sequence, FinishReason.LENGTH)
         elif (delta := sequence.output.take()) is not None:
             self._emit(live, delta)
@@ -268,8 +289,21 @@ class Engine:
             reason = FinishReason.STOP_SEQUENCE
         live.sequences.remove(sequence)
         self._scheduler.finish(sequence)
-        footer = Finished(sequence.choice_index, reason, stop_sequence, stop_token_id)
+        footer = Finished(
+            sequence.choice_index,
+            reason,
+            stop_sequence,
+            stop_token_id,
+            completion_tokens=sequence.num_completion_tokens,
+        )
         self._emit_finished(live, footer)
+
+    def _unbegun_footer(self, live: LiveRequest, reason: FinishReason) -> Finished:
+        """The footer of the next choice that had no sequence; what was delivered of it before counts."""
+        choice_index = live.unbegun.popleft()
+        continued = live.request.continuation.continued.get(choice_index)
+        brought = 0 if continued is None else len(continued.token_ids)
+        return Finished(choice_index, reason, completion_tokens=brought)
 
     def _emit_finished(self, live: LiveRequest, footer: Finished) -> None:
         live.num_choices_left -= 1

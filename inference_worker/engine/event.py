@@ -90,6 +90,7 @@ class Finished:
     stop_token_id: int | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    completion_tokens: int = 0  # of this choice, those that ended it included
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from inference_worker.engine.event import Timings, Token, Usage
@@ -13,12 +14,14 @@ from inference_worker.engine.stop_strings import StopString
 
 @dataclass(eq=False, slots=True)
 class LiveRequest:
-    """The leader (choice 0) computes the prompt; its siblings join when that is done, and share the blocks."""
+    """The leader (the first choice that is not over) computes the prompt; its siblings join when that is done, and
+    share the blocks.
+    """
 
     request: Request
     stop_strings: tuple[StopString, ...] = ()
     sequences: list[Sequence] = field(default_factory=list)  # unfinished ones, the leader first
-    num_choices_begun: int = 0  # choices that have, or had, a sequence
+    unbegun: deque[int] = field(default_factory=deque)  # choices that had no sequence yet, in order
     num_choices_left: int = 0  # choices not yet finished, those not yet begun included
     scored_prompt: list[Token] = field(default_factory=list)  # with output.prompt_logprobs
     num_completion_tokens: int = 0
@@ -27,7 +30,10 @@ class LiveRequest:
     first_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        self.num_choices_left = self.request.n
+        finished = self.request.continuation.finished
+        self.unbegun.extend(i for i in range(self.request.n) if i not in finished)
+        self.num_choices_left = len(self.unbegun)
+        self.num_completion_tokens = self.request.continuation.num_tokens
         self.stop_strings = tuple(map(StopString, self.request.stopping.stop_sequences))
 
     def prompt_tokens(self) -> list[Token]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from inference_worker.engine.continuation import Continuation
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -62,6 +64,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     output: OutputParams = field(default_factory=OutputParams)
     n: int = 1
+    continuation: Continuation = field(default_factory=Continuation)
     admitted_at: float = field(default_factory=time.monotonic)  # start of the request's timings
     # Tells this request from every other of the process, also from an earlier one of the same id that is only just
     # leaving: what is still on its way for that one must not reach this one.

@@ -32,6 +32,9 @@ class Sequence:
     output: ChoiceOutput
     token_ids: list[int]  # prompt, then completion
     max_tokens: int  # prompt and completion, at which the sequence ends
+    is_leader: bool = True  # the first choice to run: it computes the prompt for the others
+    num_echoed: int = 0  # prompt tokens that the reader has, if the request echoes its prompt
+    has_drawn: bool = False  # whether this engine drew a token for it
     cache_salt: bytes = b""  # only sequences of the same salt share blocks
     state: State = State.WAITING
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
@@ -45,7 +48,7 @@ class Sequence:
     @property
     def must_compute_prompt(self) -> bool:
         """Whether every position of the prompt has to give logits: the leader of a request that wants them scored."""
-        return self.request.output.prompt_logprobs and self.choice_index == 0
+        return self.request.output.prompt_logprobs and self.is_leader
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -54,6 +57,11 @@ class Sequence:
     @property
     def num_completion_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.prompt)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no token may follow."""
+        return len(self.token_ids) >= self.max_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

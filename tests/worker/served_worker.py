@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from inference_worker.scripted_model import ScriptedSettings, load_script
 from inference_worker.served_model import ServedModel
 from inference_worker.server import Server
+from inference_worker.settings import WorkerSettings
 from inference_worker.worker import Worker
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
@@ -69,12 +70,18 @@ class ServedWorker:
 
 @asynccontextmanager
 async def serve_script(**settings: Any) -> AsyncIterator[ServedWorker]:
-    """Serve the scripted model for the length of the block; at its end nothing may be left inside."""
+    """Serve the scripted model for the length of the block."""
     scripted = ScriptedSettings(**({"port": 0} | settings))
-    served = load_script(scripted)
+    async with serve(load_script(scripted), scripted) as worker:
+        yield worker
+
+
+@asynccontextmanager
+async def serve(served: ServedModel, settings: WorkerSettings) -> AsyncIterator[ServedWorker]:
+    """Serve a model for the length of the block; at its end nothing may be left inside."""
     crashes: list[BaseException] = []
-    worker = Worker(served, scripted, crashes.append)
-    server = Server(scripted)
+    worker = Worker(served, settings, crashes.append)
+    server = Server(settings)
     server.bind()
     worker.start()
     await server.start(worker)

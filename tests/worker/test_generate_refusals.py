@@ -33,7 +33,13 @@ def chat(*messages: pb.ChatMessage, **fields: Any) -> dict[str, Any]:
     return {"prompt": pb.Prompt(chat=pb.Chat(messages=messages, **fields))}
 
 
+def continued(*choices: pb.DeliveredChoice, **fields: Any) -> dict[str, Any]:
+    greedy = {"sampling": pb.Sampling(temperature=0)}
+    return greedy | {"continuation": pb.Continuation(choices=choices)} | fields
+
+
 USER = pb.ChatMessage(role="user", content="Hello")
+DELIVERED = pb.DeliveredChoice
 OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("request_id", {"request_id": ""}),
     ("request_id", {"request_id": "a" * 129}),
@@ -73,13 +79,39 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("output.prompt_logprobs", output(prompt_logprobs=True)),
     ("output.prompt_logprobs", output(prompt_logprobs=True, echo=True)),
     ("output.prompt_logprobs", output(prompt_logprobs=True, logprobs=1)),
+    ("sampling.seed", continued(sampling=pb.Sampling(temperature=1))),
+    ("sampling.seed", continued(sampling=pb.Sampling())),
+    ("continuation.choices", continued(DELIVERED(completion_tokens=3))),
+    ("continuation.choices[0].choice_index", continued(DELIVERED(choice_index=1))),
+    ("continuation.choices[1].choice_index", continued(DELIVERED(), DELIVERED(), n=2)),
+    ("continuation.choices[0].token_ids[1]", continued(DELIVERED(token_ids=[5, 1_000_000]))),
+    ("continuation.choices[0].token_ids", continued(DELIVERED(token_ids=[5] * 5))),
+    ("continuation.choices[0].token_ids", continued(DELIVERED(token_ids=[5] * 5000))),
+    (
+        "continuation.choices[0].token_ids[1]",
+        continued(DELIVERED(token_ids=[6, 5]), stopping=pb.Stopping(stop_token_ids=[5])),
+    ),
+    ("continuation.choices[0].text_characters", continued(DELIVERED(text_characters=5000))),
+    ("continuation.choices[0].echoed_tokens", continued(DELIVERED(echoed_tokens=1))),
+    (
+        "continuation.choices[0].echoed_tokens",
+        continued(DELIVERED(echoed_tokens=1_000), output=pb.Output(echo=True)),
+    ),
+    (
+        "continuation.choices[0].echoed_tokens",
+        continued(DELIVERED(token_ids=[5], echoed_tokens=1), output=pb.Output(echo=True)),
+    ),
+    ("continuation.choices[0].completion_tokens", continued(DELIVERED(completion_tokens=5), n=2)),
+    (
+        "continuation.choices[0].completion_tokens",
+        continued(DELIVERED(completion_tokens=1, token_ids=[5]), n=2),
+    ),
 ]
 LATER: list[tuple[str, dict[str, Any]]] = [
     ("resume", {"resume": pb.Resume(request_id="r")}),
     ("constraint", {"constraint": pb.Constraint()}),
     ("priority", {"priority": 0}),
     ("resume_window", {"resume_window": duration_pb2.Duration()}),
-    ("continuation", {"continuation": pb.Continuation()}),
     ("prompt.chat.tools", chat(USER, tools=[pb.Tool(name="f")])),
     ("prompt.chat.template_arguments", chat(USER, template_arguments=struct_pb2.Struct())),
 ]
@@ -113,6 +145,8 @@ async def test_a_field_of_a_later_version_is_unimplemented_and_named() -> None:
         "prompt.token_ids",
         "prompt.chat",
         "prompt.chat.messages[0]",
+        "continuation",
+        "continuation.choices[0]",
     ],
 )
 async def test_a_field_that_this_contract_does_not_know_is_not_ignored(
@@ -123,6 +157,9 @@ async def test_a_field_that_this_contract_does_not_know_is_not_ignored(
         request.prompt.token_ids.ids.append(5)
     elif path.startswith("prompt.chat"):
         request.prompt.chat.messages.append(USER)
+    elif path.startswith("continuation"):
+        request.sampling.seed = 1
+        request.continuation.choices.add()
     message: Any = request
     for name in path.removesuffix("[0]").split(".") if path else ():
         message = getattr(message, name)
@@ -132,6 +169,19 @@ async def test_a_field_that_this_contract_does_not_know_is_not_ignored(
     async with serve_script() as worker:
         refusal = await refusal_of(worker.stub.Generate(request))
     assert (refusal.code, refusal.field) == (UNIMPLEMENTED, f"{path}.99" if path else "99")
+
+
+async def test_a_delivered_stop_sequence_is_refused() -> None:
+    async with serve_script() as worker:
+        tokens = worker.served.tokenizer.encode("one two three")
+        request = generate_request(
+            **continued(DELIVERED(token_ids=tokens)),
+            max_tokens=100,
+            stopping=pb.Stopping(stop_sequences=["never", "e tw"]),
+        )
+        refusal = await refusal_of(worker.stub.Generate(request))
+    assert (refusal.code, refusal.field) == (INVALID, "continuation.choices[0].token_ids")
+    assert "'e tw'" in refusal.message
 
 
 async def test_a_request_without_a_prompt() -> None:

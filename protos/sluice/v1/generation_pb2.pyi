@@ -167,7 +167,7 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def continuation(self) -> Global___Continuation:
-        """Tokens that another worker already delivered for this request. Not supported yet: UNIMPLEMENTED."""
+        """What another worker already delivered of this very request, which goes on from there."""
 
     def __init__(
         self,
@@ -586,23 +586,78 @@ Global___ChoiceList: typing_extensions.TypeAlias = ChoiceList
 
 @typing.final
 class Continuation(google.protobuf.message.Message):
-    """What a generation delivered before it moved here."""
+    """What the caller already has of a generation that another worker began and could not end.
+
+    Send the request that began it, with `output.token_ids`, and with `sampling`, `stopping.max_tokens` and `n` as its
+    `started` told them. The new stream has a header and sequence numbers of its own; what is delivered by both streams
+    together is what one uncut stream delivers: no text, token or log-probability twice or left out, stop sequences
+    found across the cut, penalties, seeds and max_tokens counting the delivered tokens too, usage the whole. Tokens that
+    were drawn and not delivered are drawn again, alike. A choice that ended CANCELLED, SHUTDOWN or PREEMPTED cannot go
+    on exactly: its end gave out text that was held back. On workers that do not run --deterministic a logit may differ
+    in its last bits from the first worker's, and with it, rarely, a token.
+
+    Errors: INVALID_ARGUMENT for what one such stream cannot have delivered (a choice that is not below n or comes twice,
+    a token outside the vocabulary, a stop token or a stop sequence, more than max_tokens, nothing left to generate),
+    and where sampling.seed is missing though the temperature is above 0.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    CHOICES_FIELD_NUMBER: builtins.int
     @property
-    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Completion tokens, in order."""
+    def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeliveredChoice]:
+        """One for each choice of which anything arrived, in any order."""
 
     def __init__(
         self,
         *,
-        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        choices: collections.abc.Iterable[Global___DeliveredChoice] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices"]) -> None: ...
 
 Global___Continuation: typing_extensions.TypeAlias = Continuation
+
+@typing.final
+class DeliveredChoice(google.protobuf.message.Message):
+    """What the caller has of one choice: the sum of its deltas."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHOICE_INDEX_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TEXT_CHARACTERS_FIELD_NUMBER: builtins.int
+    ECHOED_TOKENS_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    choice_index: builtins.int
+    """Which choice, from 0, below n."""
+    text_characters: builtins.int
+    """Length of its text, in Unicode code points, the echoed prompt's not among them. It can be more than the tokens
+    spell, by a part of the next one, since a token arrives only when all of its text is certain.
+    """
+    echoed_tokens: builtins.int
+    """Tokens of the prompt that it echoed, with output.echo: the token_count of its deltas that have is_prompt."""
+    completion_tokens: builtins.int
+    """Its Finished.completion_tokens, if that arrived: the choice is over, counts in usage and is not sent again. The
+    other fields are then left unset.
+    """
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Its completion tokens: the token_ids of its deltas in order, the echoed prompt's not among them."""
+
+    def __init__(
+        self,
+        *,
+        choice_index: builtins.int = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        text_characters: builtins.int = ...,
+        echoed_tokens: builtins.int = ...,
+        completion_tokens: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_completion_tokens", b"_completion_tokens", "completion_tokens", b"completion_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_completion_tokens", b"_completion_tokens", "choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "echoed_tokens", b"echoed_tokens", "text_characters", b"text_characters", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_completion_tokens", b"_completion_tokens"]) -> typing.Literal["completion_tokens"] | None: ...
+
+Global___DeliveredChoice: typing_extensions.TypeAlias = DeliveredChoice
 
 @typing.final
 class GenerateResponse(google.protobuf.message.Message):
@@ -814,6 +869,7 @@ class Finished(google.protobuf.message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
     """Which choice, from 0."""
     finish_reason: Global___FinishReason.ValueType
@@ -822,6 +878,8 @@ class Finished(google.protobuf.message.Message):
     """The stop sequence that came."""
     stop_token_id: builtins.int
     """The end-of-sequence or stop token that came."""
+    completion_tokens: builtins.int
+    """Tokens of this choice, those that ended it included."""
     @property
     def usage(self) -> Global___Usage:
         """Set on the last `finished` of the stream only: totals of all choices."""
@@ -839,9 +897,10 @@ class Finished(google.protobuf.message.Message):
         stop_token_id: builtins.int = ...,
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
+        completion_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["matched", b"matched"]) -> typing.Literal["stop_sequence", "stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
@@ -858,7 +917,7 @@ class Usage(google.protobuf.message.Message):
     prompt_tokens: builtins.int
     """Tokens of the prompt, counted once whatever n is."""
     completion_tokens: builtins.int
-    """Tokens generated by all choices, those that ended them included."""
+    """Tokens generated by all choices, those that ended them included, and those that a continuation brought."""
     cached_tokens: builtins.int
     """Prompt tokens that came from the prefix cache."""
     def __init__(

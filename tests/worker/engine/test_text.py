@@ -165,3 +165,41 @@ def test_tokens_of_a_character_that_never_ends_come_at_the_end() -> None:
     delta = output.take()
     assert delta is not None
     assert (delta.text, [t.token_id for t in delta.tokens]) == ("\ufffd", [0])
+
+
+@given(
+    st.one_of(few_letters, st.sampled_from(HARD_TEXTS)),
+    st.lists(few_letters.filter(bool), max_size=2),
+    st.lists(st.integers(1, 4), min_size=1),
+    st.integers(0, 12),
+)
+@example("aab", ["ab"], [1], 2)  # cut inside what becomes a stop sequence
+def test_an_output_that_is_brought_up_to_a_cut_goes_on_as_the_uncut_one(
+    text: str, stops: list[str], sizes: list[int], num_delivered: int
+) -> None:
+    pieces = cut(text.encode(), sizes)
+    automata = [StopString(stop) for stop in stops]
+    before = ChoiceOutput(0, ByteDetokenizer(pieces), automata)
+    delivered, seen = [], ""
+    for i in range(min(num_delivered, len(pieces))):
+        before.push(Token(i))
+        if before.stop_sequence:
+            break
+        delivered.append(i)
+        if delta := before.take():
+            seen += delta.text
+    after = ChoiceOutput(0, ByteDetokenizer(pieces), automata)
+    after.replay(delivered, len(seen))
+    num_tokens = 0
+    for i in range(len(delivered), len(pieces)):
+        after.push(Token(i))
+        if after.stop_sequence:
+            break
+    after.flush()
+    if delta := after.take():
+        seen += delta.text
+        num_tokens = len(delta.tokens)
+    expected, matched = first_stop(text, stops)
+    assert (seen, after.stop_sequence) == (expected, matched)
+    if matched is None:
+        assert num_tokens == len(pieces) - len(delivered)
