@@ -64,7 +64,7 @@ class Scheduler:
 
     @property
     def must_preempt(self) -> bool:
-        """Whether the next step's rows would have to be preempted for. A sequence in flight must not be one of them."""
+        """Whether the next step lacks blocks, which the end of a step in flight may still give."""
         missing = (self._pool.count_missing(s, s.num_computed_tokens + 1) for s in self._decoding())
         return sum(max(0, count) for count in missing) > self._pool.num_free
 

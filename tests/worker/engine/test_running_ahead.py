@@ -94,6 +94,16 @@ def test_memory_is_not_preempted_from_under_a_step() -> None:
         assert completion(events[f"r{i}"]) == reference_completion([i, i + 1, i + 2], 25, seed=i)
 
 
+def test_nobody_is_preempted_while_a_step_in_flight_may_free_a_block() -> None:
+    engine = make_engine(AheadRunner(3, 4))
+    engine.add(make_request("longer", [1], 5))  # needs its second block when the other one's last token is pending
+    engine.add(make_request("ending", [2, 2], 4))
+    events = run(engine)
+    assert engine.load().preemptions == 0
+    assert completion(events["longer"]) == reference_completion([1], 5)
+    assert completion(events["ending"]) == reference_completion([2, 2], 4)
+
+
 def test_blocks_of_a_cancelled_request_are_safe_to_reuse_at_once() -> None:
     runner = AheadRunner(6, 4)  # one request fills it
     engine = make_engine(runner)
