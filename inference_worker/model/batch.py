@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 
 from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.transfer import upload
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Int32Array: TypeAlias = npt.NDArray[np.int32]
 
 # Keys and values of one layer that are gathered from the cache at once, for decode rows.
 _GATHERED_BYTES_CPU = 4 * 2**20
@@ -24,7 +26,7 @@ _GATHERED_BYTES_GPU = 512 * 2**20
 class Span:
     """The part of one sequence that a step computes: `token_ids[start:stop]`, with everything before it cached."""
 
-    token_ids: Sequence[int]  # of the whole sequence
+    token_ids: Sequence[int]  # of the whole sequence; a decode span's own may not be known yet
     start: int
     stop: int
     block_table: Sequence[int]  # covers at least `stop` tokens
@@ -77,19 +79,34 @@ class Queries(ABC):
 class DecodeRows(Queries):
     """Single tokens of several sequences. The mask of their views is [rows, 1, 1, keys]."""
 
-    def __init__(self, cache: KVCache, first: int, lengths: IntArray, table: IntArray) -> None:
-        """`lengths` [rows] include the token of this step; `table` [rows, blocks] is padded with any block."""
-        longest = int(lengths.max())
+    def __init__(
+        self,
+        cache: KVCache,
+        first: int,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
+        bounds: tuple[int, int],
+    ) -> None:
+        """`lengths` [rows] include the token of this step and lie within `bounds`; `block_table` [rows, blocks] is
+        padded with any block. Both are int32.
+        """
+        self._shortest, longest = bounds
         super().__init__(cache, first, first + len(lengths), longest)
-        self._shortest = int(lengths.min())
-        width = -(-longest // cache.block_size)
-        self._lengths = torch.from_numpy(lengths).to(cache.device)
-        self._table = torch.from_numpy(table[:, :width]).to(cache.device)
+        self.lengths = lengths
+        self.block_table = block_table
+
+    @classmethod
+    def of(cls, cache: KVCache, first: int, lengths: Int32Array, table: Int32Array) -> DecodeRows:
+        """Rows that are still on the host."""
+        bounds = int(lengths.min()), int(lengths.max())
+        width = -(-bounds[1] // cache.block_size)
+        on_device = upload(np.ascontiguousarray(table[:, :width]), cache.device)
+        return cls(cache, first, upload(lengths, cache.device), on_device, bounds)
 
     def _make_view(self, window: int | None) -> KeyView:
-        size, table = self._cache.block_size, self._table
+        size, table = self._cache.block_size, self.block_table
         device = table.device
-        lengths = self._lengths[:, None]
+        lengths = self.lengths[:, None]
         if window is None:
             num_keys = table.shape[1] * size
             mask = None
@@ -103,7 +120,7 @@ class DecodeRows(Queries):
         keys = (columns[:, :, None] * size + torch.arange(size, device=device)).flatten(1)
         mask = self._additive((keys >= begin) & (keys < lengths))[:, None, None]
         # columns past a row's end are masked; clamping only keeps the look-up inside the table
-        block_ids = table.gather(1, columns.clamp_max_(table.shape[1] - 1))
+        block_ids = table.gather(1, columns.clamp_max_(table.shape[1] - 1).long())
         return KeyView(block_ids.flatten(), num_blocks * size, mask)
 
 
@@ -117,7 +134,7 @@ class Chunk(Queries):
         super().__init__(cache, first, first + stop - start, stop)
         self.start = start
         self.stop = stop
-        self._block_ids = torch.from_numpy(block_ids).to(cache.device)
+        self._block_ids = upload(block_ids, cache.device)
 
     def sees_itself_only(self, window: int | None) -> bool:
         """Whether plain causal attention among its own tokens is all there is to compute."""
@@ -149,41 +166,56 @@ class Batch:
 
 def pack(spans: Sequence[Span], cache: KVCache) -> Batch:
     """Pack the spans of one step, at least one; decode spans stand before all others."""
-    size = cache.block_size
     num_decode = next((i for i, span in enumerate(spans) if not span.is_decode), len(spans))
     decode, prefill = spans[:num_decode], spans[num_decode:]
-    lengths = np.array([span.stop for span in decode], dtype=np.int64)
-    table = _block_table(decode, int(lengths.max(initial=0)), size)
-    last = lengths - 1
-    ids = [np.array([span.token_ids[span.start] for span in decode], dtype=np.int64)]
-    positions = [last]
-    slots = [table[np.arange(num_decode), last // size] * size + last % size]
+    columns = [lay_out(decode, cache.block_size)]
+    lengths = (columns[0][1] + 1).astype(np.int32)
+    table = lay_out_blocks(decode, int(lengths.max(initial=0)), cache.block_size)
     chunks = []
     first = num_decode
     for span in prefill:
-        blocks = np.array(span.block_table[: -(-span.stop // size)], dtype=np.int64)
-        chunk_positions = np.arange(span.start, span.stop)
-        ids.append(np.array(span.token_ids[span.start : span.stop], dtype=np.int64))
-        positions.append(chunk_positions)
-        slots.append(blocks[chunk_positions // size] * size + chunk_positions % size)
-        chunks.append(Chunk(cache, first, span.start, span.stop, blocks))
-        first += span.stop - span.start
+        chunk, chunk_columns = _pack_chunk(span, first, cache)
+        chunks.append(chunk)
+        columns.append(chunk_columns)
+        first = chunk.last
     # one transfer for the three arrays of a token
-    columns = torch.from_numpy(np.stack([np.concatenate(x) for x in (ids, positions, slots)]))
-    input_ids, position, slot = columns.to(cache.device).unbind()
+    input_ids, positions, slots = upload(np.concatenate(columns, 1), cache.device).unbind()
     groups = [
-        DecodeRows(cache, begin, lengths[begin:end], table[begin:end])
+        DecodeRows.of(cache, begin, lengths[begin:end], table[begin:end])
         for begin, end in _group(lengths.tolist(), cache)
     ]
-    return Batch(cache, input_ids, position, slot, groups, chunks)
+    return Batch(cache, input_ids, positions, slots, groups, chunks)
+
+
+def lay_out(spans: Sequence[Span], block_size: int) -> IntArray:
+    """Token id, position and slot of each decode span: [3, spans]. A token that is not known yet is given as 0."""
+    ids = [s.token_ids[s.start] if s.start < len(s.token_ids) else 0 for s in spans]
+    slots = [
+        s.block_table[s.start // block_size] * block_size + s.start % block_size for s in spans
+    ]
+    return np.array([ids, [s.start for s in spans], slots], dtype=np.int64)
+
+
+def _pack_chunk(span: Span, first: int, cache: KVCache) -> tuple[Chunk, IntArray]:
+    """A prefill chunk, and its tokens' ids, positions and slots [3, tokens]."""
+    size = cache.block_size
+    blocks = np.array(span.block_table[: -(-span.stop // size)], dtype=np.int64)
+    ids = np.array(span.token_ids[span.start : span.stop], dtype=np.int64)
+    positions = np.arange(span.start, span.stop)
+    slots = blocks[positions // size] * size + positions % size
+    return Chunk(cache, first, span.start, span.stop, blocks), np.stack([ids, positions, slots])
 
 
 def _group(lengths: list[int], cache: KVCache) -> Iterator[tuple[int, int]]:
     """Cut the decode rows into groups (begin, end) whose keys and values, once gathered, stay within a limit.
 
     On a CPU a group's copy then is still in the processor's cache when it is attended to, several times as fast as
-    from memory; on a GPU the limit bounds the memory of a step.
+    from memory; on a GPU the limit bounds the memory of a step. The kernels gather nothing.
     """
+    if cache.uses_kernels:
+        if lengths:
+            yield 0, len(lengths)
+        return
     limit = _GATHERED_BYTES_CPU if cache.device.type == "cpu" else _GATHERED_BYTES_GPU
     most_tokens = limit // cache.bytes_per_token_of_layer
     begin = longest = 0
@@ -196,9 +228,10 @@ def _group(lengths: list[int], cache: KVCache) -> Iterator[tuple[int, int]]:
         yield begin, len(lengths)
 
 
-def _block_table(spans: Sequence[Span], max_length: int, block_size: int) -> IntArray:
+def lay_out_blocks(spans: Sequence[Span], max_length: int, block_size: int) -> Int32Array:
+    """The blocks of each decode span: [spans, blocks of `max_length` tokens]."""
     width = -(-max_length // block_size)
-    table = np.zeros((len(spans), width), dtype=np.int64)
+    table = np.zeros((len(spans), width), dtype=np.int32)
     for row, span in zip(table, spans, strict=True):
         num_blocks = -(-span.stop // block_size)
         row[:num_blocks] = span.block_table[:num_blocks]

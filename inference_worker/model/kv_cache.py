@@ -39,12 +39,18 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        uses_kernels: bool = False,
     ) -> None:
-        """Allocate `num_blocks` blocks of `block_size` tokens for layers by their index."""
+        """Allocate `num_blocks` blocks of `block_size` tokens for layers by their index.
+
+        `uses_kernels`: decode rows are attended to by `kernels.paged_attention`, which copies nothing from the cache
+        and reads nothing past a row's end.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
+        self.uses_kernels = uses_kernels
         self.layers = dict(layers)
         self.bytes_per_token = bytes_per_token(layers, dtype)
         # of the largest layer

@@ -11,6 +11,7 @@ import torch
 
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.sequence import Sequence
+from inference_worker.model.transfer import upload
 
 
 def changes_logits(params: SamplingParams) -> bool:
@@ -45,8 +46,8 @@ def _add_bias(flat: torch.Tensor, vocabulary: int, rows: Rows[Sequence]) -> None
             index.append(row * vocabulary + token_id)
             bias.append(value)
     if index:
-        where = torch.tensor(index, device=flat.device)
-        flat[where] += torch.tensor(bias, device=flat.device)
+        where = upload(np.array(index), flat.device)
+        flat[where] += upload(np.array(bias, dtype=np.float32), flat.device)
 
 
 def _penalise_repetition(flat: torch.Tensor, vocabulary: int, rows: Rows[Sequence]) -> None:
@@ -54,8 +55,8 @@ def _penalise_repetition(flat: torch.Tensor, vocabulary: int, rows: Rows[Sequenc
     index, _ = _tokens(rows, penalty != 1, vocabulary, lambda s: s.token_ids)
     if not len(index):
         return
-    where = torch.from_numpy(index).to(flat.device)
-    by = torch.from_numpy(penalty[index // vocabulary]).to(flat.device, flat.dtype)
+    where = upload(index, flat.device)
+    by = upload(penalty[index // vocabulary], flat.device).to(flat.dtype)
     values = flat[where]
     flat[where] = torch.where(values > 0, values / by, values * by)
 
@@ -73,8 +74,8 @@ def _penalise_frequency(flat: torch.Tensor, vocabulary: int, rows: Rows[Sequence
         return
     row = index // vocabulary
     amount = presence[row] + frequency[row] * counts
-    where = torch.from_numpy(index).to(flat.device)
-    flat[where] -= torch.from_numpy(amount).to(flat.device, flat.dtype)
+    where = upload(index, flat.device)
+    flat[where] -= upload(amount, flat.device).to(flat.dtype)
 
 
 def _tokens(

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from inference_worker.engine.event import Token
-from inference_worker.engine.runner import (
-    DeviceLost,
-    OutOfMemory,
-    Row,
-    RowOutput,
-    SynchronousRunner,
-)
+from inference_worker.engine.runner import DeviceLost, InFlight, OutOfMemory, Row, RowOutput
+from inference_worker.engine.sequence import Sequence
 from inference_worker.model.batch import Batch, Span, pack
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
-from inference_worker.model.sampler import BadLogits, greatest, sample
-from inference_worker.model.scores import score
+from inference_worker.model.sampler import BadLogits, Drawn, draw, greatest
+from inference_worker.model.scores import Scores
+from inference_worker.model.transfer import Download, upload
 
 
-class ModelRunner(SynchronousRunner):
+class ModelRunner:
     """A forward pass, the KV cache it writes to, and sampling: the engine's `Runner`."""
 
-    def __init__(self, forward: Forward, cache: KVCache) -> None:
+    def __init__(self, forward: Forward, cache: KVCache, *, runs_ahead: bool | None = None) -> None:
+        """`runs_ahead` is by default what the cache's attention allows."""
         self._forward: Forward | None = forward
         self._cache: KVCache | None = cache
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
+        # Where attention reads whole blocks, what a failed row wrote has to be cleared before anyone else reads them;
+        # with a step in flight it would be too late.
+        self.runs_ahead = cache.uses_kernels if runs_ahead is None else runs_ahead
+        self._latest = _Latest()
 
     @property
     def cache(self) -> KVCache:
@@ -42,39 +48,36 @@ class ModelRunner(SynchronousRunner):
         """One line about the memory taken, for the start of the log."""
         return str(self.cache)
 
-    @torch.inference_mode()
     def execute(self, rows: Rows[Row]) -> list[RowOutput]:
+        """Run one step and wait for it. Raises: as `launch` does."""
+        return self.launch(rows).collect()
+
+    @torch.inference_mode()
+    def launch(self, rows: Rows[Row]) -> InFlight:
         """See Runner."""
-        try:
-            return self._execute(rows)
-        except (
-            torch.AcceleratorError
-        ) as error:  # such as a CUDA error, after which every call fails
-            raise DeviceLost(str(error)) from error
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise OutOfMemory(str(error)) from error
-            raise
+        with _errors():
+            return self._launch(rows)
 
     @torch.inference_mode()
     def logits(self, spans: Rows[Span], wanted: Rows[int]) -> torch.Tensor:
         """Run the spans and give the logits [wanted, vocabulary] of the packed tokens at indices `wanted`."""
-        logits, _batch = self._run(spans, wanted)
-        return logits
+        return self._run(pack(spans, self.cache), wanted)
 
     def close(self) -> None:
         """See Runner."""
         self._forward = self._cache = None
+        self._latest = _Latest()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _run(self, spans: Rows[Span], wanted: Rows[int]) -> tuple[torch.Tensor, Batch]:
-        batch = pack(spans, self.cache)
+    def _run(self, batch: Batch, wanted: Rows[int]) -> torch.Tensor:
         assert self._forward is not None  # noqa: S101 - the cache is there, so this is
-        return self._forward(batch, torch.tensor(wanted, device=batch.slots.device)), batch
+        return self._forward(batch, upload(np.array(wanted), batch.slots.device))
 
-    def _execute(self, rows: Rows[Row]) -> list[RowOutput]:
+    def _launch(self, rows: Rows[Row]) -> _Flight:
         spans = [_span(row) for row in rows]
+        batch = pack(spans, self.cache)
+        self._latest.feed(batch.input_ids, rows)
         # Of every row the last token's logits are looked at, also of a chunk that ends inside a prompt: whatever goes
         # wrong in a row shows there, before its keys and values can be shared or its blocks given to someone else.
         ends = _ends(spans)
@@ -82,18 +85,141 @@ class ModelRunner(SynchronousRunner):
         wanted = [end - 1 for end in ends]
         for end, row, scored in zip(ends, rows, prompts, strict=True):
             wanted.extend(range(end - row.stop + scored.start, end - row.stop + scored.stop))
-        logits, batch = self._run(spans, wanted)
-        outcomes = _draw(logits[: len(rows)], rows)
-        scored_tokens = _score_prompts(logits[len(rows) :], rows, prompts)
-        for i, outcome in enumerate(outcomes):
-            if isinstance(outcome, BadLogits):
-                self.cache.clear(batch.slots[ends[i] - rows[i].num_tokens : ends[i]])
+        logits = self._run(batch, wanted)
+        flight = _Flight(self, rows, batch.slots, logits, prompts)
+        if self.runs_ahead:
+            self._latest = flight.latest()
+        return flight
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Forget what a failed row wrote to slots [tokens]."""
+        if not self.runs_ahead:
+            self.cache.clear(slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Latest:
+    """What the latest step drew, on the device."""
+
+    tokens: torch.Tensor | None = None  # [drawn]
+    index_of: Mapping[Sequence, int] = field(default_factory=dict)
+
+    def feed(self, input_ids: torch.Tensor, rows: Rows[Row]) -> None:
+        """Put the tokens that the host does not know yet into the packed ones [tokens] of the next step."""
+        unknown = [i for i, row in enumerate(rows) if row.start == len(row.sequence.token_ids)]
+        if not unknown:
+            return
+        assert self.tokens is not None  # noqa: S101 - a pending token was drawn by the latest step
+        # decode rows come first, so that their indices are those of their tokens
+        moves = np.array([unknown, [self.index_of[rows[i].sequence] for i in unknown]])
+        to, source = upload(moves, input_ids.device).unbind()
+        input_ids.index_copy_(0, to, self.tokens.index_select(0, source))
+
+
+class _Flight:
+    """A step whose forward pass and draws are under way."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        rows: Rows[Row],
+        slots: torch.Tensor,
+        logits: torch.Tensor,
+        prompts: Rows[range],
+    ) -> None:
+        """`logits` [rows + scored positions, vocabulary] are those of each row's last token, then of `prompts`."""
+        self._runner = runner
+        self._rows = rows
+        self._slots = slots
+        self._whole = [i for i, row in enumerate(rows) if row.is_whole]
+        self._partial = [i for i, row in enumerate(rows) if not row.is_whole]
+        self._drawn: Drawn | None = None
+        self._peaks: Download | None = None
+        ends = logits[: len(rows)]
+        if self._whole:
+            whole = ends if not self._partial else ends[upload(np.array(self._whole), ends.device)]
+            self._drawn = draw(whole.float(), [rows[i].sequence for i in self._whole])
+        if self._partial:
+            self._peaks = Download(ends.gather(1, greatest(ends.float())[:, None])[:, 0])
+        self._scored = _ScoredPrompts(logits[len(rows) :], rows, prompts)
+
+    def latest(self) -> _Latest:
+        """What the next step may need."""
+        if self._drawn is None:
+            return _Latest()
+        index_of = {self._rows[i].sequence: at for at, i in enumerate(self._whole)}
+        return _Latest(self._drawn.tokens, index_of)
+
+    @torch.inference_mode()
+    def collect(self) -> list[RowOutput]:
+        """See InFlight."""
+        with _errors():
+            outcomes = self._outcomes()
+            prompts = self._scored.read()
+            self._clear_bad(outcomes)
         return [
             RowOutput(error=outcome)
             if isinstance(outcome, Exception)
             else RowOutput(token=outcome, prompt_logprobs=prompt)
-            for outcome, prompt in zip(outcomes, scored_tokens, strict=True)
+            for outcome, prompt in zip(outcomes, prompts, strict=True)
         ]
+
+    def _outcomes(self) -> list[Token | Exception | None]:
+        """A token of each row that is whole, an error, or None."""
+        outcomes: list[Token | Exception | None] = [None] * len(self._rows)
+        if self._drawn is not None:
+            for i, outcome in zip(self._whole, self._drawn.read(), strict=True):
+                outcomes[i] = outcome
+        if self._peaks is not None:
+            peaks: list[float] = self._peaks.tolist()
+            for i in self._partial:
+                if not math.isfinite(peaks[i]):
+                    outcomes[i] = BadLogits("the model gave logits that are not finite")
+        return outcomes
+
+    def _clear_bad(self, outcomes: list[Token | Exception | None]) -> None:
+        end = 0
+        for row, outcome in zip(self._rows, outcomes, strict=True):
+            end += row.num_tokens
+            if isinstance(outcome, BadLogits):
+                self._runner.clear(self._slots[end - row.num_tokens : end])
+
+
+class _ScoredPrompts:
+    """The prompt tokens that a step scores, on their way to the host."""
+
+    def __init__(self, logits: torch.Tensor, rows: Rows[Row], prompts: Rows[range]) -> None:
+        """`logits` holds the scoring positions of all rows, one after the other."""
+        self._prompts = prompts
+        self._token_ids: list[int] = []
+        num_top: list[int] = []
+        for row, scored in zip(rows, prompts, strict=True):
+            self._token_ids += row.sequence.token_ids[scored.start + 1 : scored.stop + 1]
+            num_top += [row.sequence.request.output.logprobs or 0] * len(scored)
+        self._scores: Scores | None = None
+        if self._token_ids:
+            token_ids = upload(np.array(self._token_ids), logits.device)
+            self._scores = Scores(logits, token_ids, num_top)
+
+    def read(self) -> list[tuple[Token, ...]]:
+        """Scored prompt tokens of each row."""
+        if self._scores is None:
+            return [()] * len(self._prompts)
+        tokens = iter(self._scores.read(self._token_ids))
+        return [tuple(next(tokens) for _ in scored) for scored in self._prompts]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Raise torch's errors as the engine knows them."""
+    try:
+        yield
+    except torch.AcceleratorError as error:  # such as a CUDA error, after which every call fails
+        raise DeviceLost(str(error)) from error
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(str(error)) from error
+        raise
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -121,35 +247,3 @@ def _scored_positions(row: Row) -> range:
     if not row.sequence.request.output.prompt_logprobs:
         return range(row.start, row.start)
     return range(row.start, max(row.start, min(row.stop, row.sequence.num_prompt_tokens - 1)))
-
-
-def _draw(logits: torch.Tensor, rows: Rows[Row]) -> list[Token | Exception | None]:
-    """The outcome of each row: a token if it is whole, an error, or None."""
-    whole = [i for i, row in enumerate(rows) if row.is_whole]
-    outcomes: list[Token | Exception | None] = [None] * len(rows)
-    chosen = logits if len(whole) == len(rows) else logits[whole]
-    if whole:
-        drawn = sample(chosen.float(), [rows[i].sequence for i in whole])
-        for i, outcome in zip(whole, drawn, strict=True):
-            outcomes[i] = outcome
-    if len(whole) < len(rows):
-        peaks = logits.gather(1, greatest(logits.float())[:, None])[:, 0]
-        for i, is_sound in enumerate(peaks.isfinite().tolist()):
-            if not is_sound and not rows[i].is_whole:
-                outcomes[i] = BadLogits("the model gave logits that are not finite")
-    return outcomes
-
-
-def _score_prompts(
-    logits: torch.Tensor, rows: Rows[Row], prompts: Rows[range]
-) -> list[tuple[Token, ...]]:
-    """Scored prompt tokens of each row; `logits` holds the scoring positions of all rows, one after the other."""
-    token_ids: list[int] = []
-    num_top: list[int] = []
-    for row, scored in zip(rows, prompts, strict=True):
-        token_ids += row.sequence.token_ids[scored.start + 1 : scored.stop + 1]
-        num_top += [row.sequence.request.output.logprobs or 0] * len(scored)
-    if not token_ids:
-        return [()] * len(rows)
-    tokens = iter(score(logits, token_ids, num_top))
-    return [tuple(next(tokens) for _ in scored) for scored in prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model.penalties import adjust, changes_logits
 from inference_worker.model.randomness import uniforms
-from inference_worker.model.scores import score
+from inference_worker.model.scores import Scores
+from inference_worker.model.transfer import Download, upload
 from inference_worker.model.truncation import thresholds
 
 # Least and greatest temperature that float32 can divide by; beyond them sampling is greedy or uniform anyway.
@@ -31,7 +33,12 @@ class SamplingFailed(Exception):
 
 
 def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception]:
-    """Draw a token for each row, or say why it cannot be.
+    """Draw a token for each row, or say why it cannot be; see `draw`."""
+    return draw(logits, rows).read()
+
+
+def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
+    """Draw a token for each row.
 
     `logits` is float32 [rows, vocabulary] and is left as it is. Bias and penalties come first (`penalties`), then
     temperature, which divides the logits, then `truncation`; temperature 0 takes the greatest logit, the first of equal
@@ -40,33 +47,73 @@ def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception
     A row that fails costs the others nothing.
     """
     try:
-        return _sample(logits, rows)
+        part = _Part(logits, rows)
+        return Drawn(part.tokens, [part])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever one row's parameters raise must not reach the others
         if len(rows) == 1:
-            return [error]
-        return [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+            return Drawn(torch.zeros(1, dtype=torch.int64, device=logits.device), [error])
+    each = [draw(logits[i : i + 1], [row]) for i, row in enumerate(rows)]
+    tokens = torch.cat([drawn.tokens for drawn in each])
+    return Drawn(tokens, [part for drawn in each for part in drawn.parts])
 
 
-def _sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception]:
-    params = [row.request.sampling for row in rows]
-    is_drawn = [p.temperature > 0 for p in params]
-    adjusted = adjust(logits, rows) if any(map(changes_logits, params)) else logits
-    tokens = greatest(adjusted)
-    sound = adjusted.gather(1, tokens[:, None])[:, 0].isfinite()
-    if any(is_drawn):
-        drawn = [i for i, is_one in enumerate(is_drawn) if is_one]
-        chosen = adjusted if len(drawn) == len(rows) else adjusted[drawn]
-        tokens[drawn] = _draw(chosen, [rows[i] for i in drawn])
-    # failed rows are told apart by a negative id: one transfer from the device for tokens and failures
-    drawn_ids: list[int] = tokens.masked_fill_(~sound, -1).tolist()
-    results: list[Token | Exception] = [Token(token_id) for token_id in drawn_ids]
-    for i, token_id in enumerate(drawn_ids):
-        if token_id < 0:
-            results[i] = _failure(logits[i])
-    _add_logprobs(results, logits, rows)
-    return results
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens where they were drawn, and on their way to the host."""
+
+    tokens: torch.Tensor  # [rows]; any token for a row that failed
+    parts: list[_Part | Exception]
+
+    def read(self) -> list[Token | Exception]:
+        """The token of each row, or why there is none."""
+        results: list[Token | Exception] = []
+        for part in self.parts:
+            results += [part] if isinstance(part, Exception) else part.read()
+        return results
+
+
+class _Part:
+    """Rows drawn together."""
+
+    def __init__(self, logits: torch.Tensor, rows: Rows[Sequence]) -> None:
+        self._logits = logits
+        self._rows = rows
+        params = [row.request.sampling for row in rows]
+        drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+        adjusted = adjust(logits, rows) if any(map(changes_logits, params)) else logits
+        tokens = greatest(adjusted)
+        sound = adjusted.gather(1, tokens[:, None])[:, 0].isfinite()
+        if len(drawn) == len(rows):
+            tokens = _draw(adjusted, rows)
+        elif drawn:
+            where = upload(np.array(drawn), logits.device)
+            tokens[where] = _draw(adjusted[where], [rows[i] for i in drawn])
+        self.tokens = tokens
+        # failed rows are told apart by a negative id: one transfer from the device for tokens and failures
+        self._outcome = Download(tokens.masked_fill(~sound, -1))
+        self._asked = [i for i, row in enumerate(rows) if row.request.output.logprobs is not None]
+        self._scores = self._score()
+
+    def read(self) -> list[Token | Exception]:
+        token_ids: list[int] = self._outcome.tolist()
+        results: list[Token | Exception] = [Token(token_id) for token_id in token_ids]
+        if self._scores is not None:
+            scored = self._scores.read([token_ids[i] for i in self._asked])
+            for i, token in zip(self._asked, scored, strict=True):
+                results[i] = token
+        for i, token_id in enumerate(token_ids):
+            if token_id < 0:
+                results[i] = _failure(self._logits[i])
+        return results
+
+    def _score(self) -> Scores | None:
+        if not self._asked:
+            return None
+        asked = upload(np.array(self._asked), self._logits.device)
+        num_top = [self._rows[i].request.output.logprobs or 0 for i in self._asked]
+        return Scores(self._logits[asked], self.tokens[asked], num_top)
 
 
 def greatest(logits: torch.Tensor) -> torch.Tensor:
@@ -83,28 +130,12 @@ def _failure(logits: torch.Tensor) -> Exception:
     return SamplingFailed("the sampling parameters make the logits overflow")
 
 
-def _add_logprobs(
-    results: list[Token | Exception], logits: torch.Tensor, rows: Rows[Sequence]
-) -> None:
-    asked: list[int] = []
-    tokens: list[int] = []
-    num_top: list[int] = []
-    for i, (result, row) in enumerate(zip(results, rows, strict=True)):
-        if (wanted := row.request.output.logprobs) is not None and isinstance(result, Token):
-            asked.append(i)
-            tokens.append(result.token_id)
-            num_top.append(wanted)
-    if asked:
-        for i, token in zip(asked, score(logits[asked], tokens, num_top), strict=True):
-            results[i] = token
-
-
 def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     """Token ids [rows] drawn at each row's temperature above 0; a row that is not finite gets any."""
     params = [row.request.sampling for row in rows]
     # with the greatest score at 0 no temperature can overflow: the others go towards minus infinity
     scores = logits - logits.amax(1, keepdim=True)
-    scores /= torch.from_numpy(_temperatures(params)).to(logits.device)[:, None]
+    scores /= upload(_temperatures(params), logits.device)[:, None]
     weights = scores.exp()
     if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
         least = thresholds(
@@ -121,7 +152,7 @@ def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
         [row.choice_index for row in rows],
         [row.num_drawn_tokens for row in rows],
     )
-    return invert(weights, torch.from_numpy(u).to(logits.device))
+    return invert(weights, upload(u, logits.device))
 
 
 def _temperatures(params: Rows[SamplingParams]) -> npt.NDArray[np.float32]:

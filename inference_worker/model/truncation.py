@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from inference_worker.model.transfer import upload
+
 # Candidates that a row without top-k sorts at first; most distributions put nearly all their mass on fewer.
 _FIRST_CANDIDATES = 128
 _GROWTH = 16
@@ -41,12 +43,12 @@ def thresholds(
         return None
     least = torch.full_like(scores[:, :1], -math.inf)
     if len(narrow):
-        rows = torch.from_numpy(narrow).to(scores.device)
+        rows = upload(narrow, scores.device)
         least[rows] = _search(scores[rows], weights[rows], top_k[narrow], top_p[narrow])
     if has_min_p:
         with np.errstate(divide="ignore"):
-            floor = torch.from_numpy(np.log(min_p))
-        least = least.maximum(floor.to(scores.device, scores.dtype)[:, None])
+            floor = upload(np.log(min_p), scores.device)
+        least = least.maximum(floor.to(scores.dtype)[:, None])
     return least
 
 
@@ -59,7 +61,7 @@ def _search(
     """The least scores [rows, 1] that survive top-k and top-p, sorting no more than it takes."""
     vocabulary = scores.shape[1]
     device = scores.device
-    k, p = torch.from_numpy(top_k).to(device), torch.from_numpy(top_p).to(device)
+    k, p = upload(top_k, device), upload(top_p, device)
     limited = top_k[top_k < vocabulary]
     count = min(vocabulary, int(limited.max(initial=0)) or _FIRST_CANDIDATES)
     if len(limited) == len(top_k):
@@ -75,9 +77,11 @@ def _search(
 
 
 def _affordable(count: int, scores: torch.Tensor) -> int:
-    """As many candidates as cost no more than `count` of them."""
+    """As many candidates as cost no more than `count` of them; on a GPU all, since to learn whether fewer suffice the
+    host would have to wait for it.
+    """
     vocabulary = scores.shape[1]
-    is_sorted_whole = scores.device.type == "cpu" and count * _WHOLE_SORT >= vocabulary
+    is_sorted_whole = scores.device.type != "cpu" or count * _WHOLE_SORT >= vocabulary
     return vocabulary if is_sorted_whole else min(vocabulary, count)
 
 

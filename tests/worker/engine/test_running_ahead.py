@@ -96,7 +96,9 @@ def test_memory_is_not_preempted_from_under_a_step() -> None:
 
 def test_nobody_is_preempted_while_a_step_in_flight_may_free_a_block() -> None:
     engine = make_engine(AheadRunner(3, 4))
-    engine.add(make_request("longer", [1], 5))  # needs its second block when the other one's last token is pending
+    engine.add(
+        make_request("longer", [1], 5)
+    )  # needs its second block when the other one's last token is pending
     engine.add(make_request("ending", [2, 2], 4))
     events = run(engine)
     assert engine.load().preemptions == 0
