@@ -10,7 +10,7 @@ from inference_worker.early_signals import end_on_signal
 from inference_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from inference_worker.served_model import ServedModel
+    from inference_worker.served_model import Served
 
 
 def main() -> NoReturn:
@@ -22,7 +22,11 @@ def main() -> NoReturn:
     run(settings, _load)
 
 
-def _load(settings: WorkerSettings) -> ServedModel:
+def _load(settings: WorkerSettings) -> Served:
+    if settings.engine is not None:
+        from inference_worker.own_engine.loader import load_own_engine
+
+        return load_own_engine(settings, settings.engine)
     # torch comes in here and nowhere else
     from inference_worker.model.loader import load_model
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
 from inference_worker.admission import Ticket
-from inference_worker.engine.engine_thread import EngineThread
 from inference_worker.engine.event import (
     Delta,
     Event,
@@ -20,13 +19,14 @@ from inference_worker.engine.event import (
 )
 from inference_worker.engine.event_stream import EventStream, is_last
 from inference_worker.engine.request import Request
+from inference_worker.engine.serving import ServingEngine
 from inference_worker.errors import InternalError
 from inference_worker.generate_request import Limits, Reading
 from inference_worker.generate_response import StreamWriter, unstarted_endings
 from inference_worker.prompt import PromptReader
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
-from inference_worker.served_model import ServedModel
+from inference_worker.served_model import Served
 from inference_worker.watchdog import Watchdog
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -35,10 +35,10 @@ from protos.sluice.v1 import generation_pb2 as pb
 class Backend:
     """What generations run on; one for the whole worker."""
 
-    served: ServedModel
+    served: Served
     limits: Limits
     prompts: PromptReader
-    engine: EngineThread
+    engine: ServingEngine
     registry: Registry
     heartbeat_seconds: float
 

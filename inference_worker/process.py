@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, NoReturn
 
 from inference_worker.request_log import configure_logging, flush_log, get_logger
-from inference_worker.served_model import ServedModel
+from inference_worker.served_model import Served
 from inference_worker.server import AddressUnusable, Server
 from inference_worker.settings import WorkerSettings
 from inference_worker.worker import Worker
@@ -26,7 +26,7 @@ _LOG_SECONDS: Final = 1.0  # for the last lines, if somebody reads them
 # time; with the default of 5 ms every token waits that long for the event loop's turn.
 _SWITCH_SECONDS: Final = 0.0005
 
-LoadModel = Callable[[WorkerSettings], ServedModel]
+LoadModel = Callable[[WorkerSettings], Served]
 
 
 def run(settings: WorkerSettings, load_model: LoadModel) -> NoReturn:
@@ -82,22 +82,23 @@ class _Process:
         await self._stopping.wait()
         return await self._stop(server, worker)
 
-    async def _load(self) -> ServedModel | None:
+    async def _load(self) -> Served | None:
         """Load on a thread, so that signals are heard meanwhile."""
         log = get_logger()
         began = time.monotonic()
+        subject = self._settings.engine or self._settings.model
         log.info("loading", model=self._settings.model, name=self._settings.served_name)
         try:
             served = await _run_on_daemon_thread(lambda: self._load_model(self._settings))
         except Exception as error:
             log.error("loading failed", model=self._settings.model, exc_info=error)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"{PROGRAM}: cannot load {self._settings.model}: {reason}", file=sys.stderr)
+            print(f"{PROGRAM}: cannot load {subject}: {reason}", file=sys.stderr)
             return None
         log.info("loaded", model=served.info.name, seconds=round(time.monotonic() - began, 3))
         return served
 
-    def _tell_ready(self, server: Server, served: ServedModel, worker: Worker) -> None:
+    def _tell_ready(self, server: Server, served: Served, worker: Worker) -> None:
         get_logger().info(
             "ready",
             address=server.address,
@@ -155,9 +156,9 @@ def _exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _run_on_daemon_thread(work: Callable[[], ServedModel]) -> ServedModel:
+async def _run_on_daemon_thread(work: Callable[[], Served]) -> Served:
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[ServedModel] = loop.create_future()
+    done: asyncio.Future[Served] = loop.create_future()
 
     def run() -> None:
         try:

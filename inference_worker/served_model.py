@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+from inference_worker.engine.engine import Engine, EngineOptions
+from inference_worker.engine.engine_thread import EngineThread
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.runner import Runner
+from inference_worker.engine.serving import ServingEngine
+from inference_worker.settings import WorkerSettings
 from inference_worker.tokenizer import Tokenizer
+from protos.sluice.v1 import generation_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +32,53 @@ class ModelInfo:
     kv_cache: str  # one line: how many blocks, and what memory they take
 
 
+class Served(Protocol):
+    """A model ready to serve, whatever runs it."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and completion together, the memory for them considered."""
+        ...
+
+    def check_honoured(self, message: pb.GenerateRequest) -> None:
+        """Check a valid request against what this engine can do. Raises: UnsupportedField."""
+        ...
+
+    def new_engine(
+        self, settings: WorkerSettings, on_crash: Callable[[BaseException], None]
+    ) -> ServingEngine:
+        """The engine that runs it; there is one."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model ready to serve."""
+    """A model that the worker's own engine runs."""
 
     info: ModelInfo
     tokenizer: Tokenizer
     runner: Runner
+
+    @property
+    def context_length(self) -> int:
+        return min(self.info.context_length, self.runner.num_blocks * self.runner.block_size)
+
+    def check_honoured(self, message: pb.GenerateRequest) -> None:
+        """Whatever is valid is honoured."""
+
+    def new_engine(
+        self, settings: WorkerSettings, on_crash: Callable[[BaseException], None]
+    ) -> EngineThread:
+        options = EngineOptions(
+            max_running=settings.max_running,
+            max_batch_tokens=settings.max_batch_tokens,
+            context_length=self.context_length,
+            prefix_cache=settings.prefix_cache,
+        )
+        return EngineThread(Engine(self.runner, self.tokenizer.new_detokenizer, options), on_crash)

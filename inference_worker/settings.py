@@ -73,6 +73,14 @@ class WorkerSettings(BaseSettings):
     )
 
     # --- the engine
+    engine: str | None = Field(
+        None,
+        pattern=r"^\w+(\.\w+)*:\w+$",
+        description="An engine of your own in place of the worker's, made by calling what MODULE:FACTORY names. "
+        "--model then names the tokenizer and chat template; settings of the worker's engine mean what yours makes "
+        "of them. Unset: the worker's.",
+        json_schema_extra=unit("module:factory"),
+    )
     max_running: int = Field(
         32,
         ge=1,

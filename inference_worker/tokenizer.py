@@ -85,6 +85,20 @@ class Tokenizer:
         """Token ids of a text, after the special tokens that the tokenizer puts before every text."""
         return self._encode(text, add_special_tokens=True)
 
+    def split(self, text: str) -> list[tuple[int, str]]:
+        """The tokens of a text that continues another, each with its part of it; the parts are the whole text.
+
+        Of the tokens that make one character the first has it. A text may have no tokens at all.
+        """
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)
+        parts, begin = [], 0
+        for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            parts.append((token_id, text[begin:end]))
+            begin = max(begin, end)
+        if parts and begin < len(text):  # what the tokenizer does not keep is kept here
+            parts[-1] = (parts[-1][0], parts[-1][1] + text[begin:])
+        return parts
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 

@@ -9,8 +9,6 @@ from contextlib import aclosing
 from typing import Final, TypeVar
 
 from inference_worker.admission import Admission, AdmissionLimits
-from inference_worker.engine.engine import Engine, EngineOptions
-from inference_worker.engine.engine_thread import EngineThread
 from inference_worker.engine.event import FinishReason
 from inference_worker.errors import (
     InternalError,
@@ -27,7 +25,7 @@ from inference_worker.generation import Backend, Generation
 from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
-from inference_worker.served_model import ServedModel
+from inference_worker.served_model import Served
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -41,28 +39,17 @@ class Worker:
 
     def __init__(
         self,
-        served: ServedModel,
+        served: Served,
         settings: WorkerSettings,
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        runner, info = served.runner, served.info
         self._served = served
         self._settings = settings
         self._loaded_at = time.time_ns()
-        self.context_length = min(info.context_length, runner.num_blocks * runner.block_size)
-        engine = Engine(
-            runner,
-            served.tokenizer.new_detokenizer,
-            EngineOptions(
-                max_running=settings.max_running,
-                max_batch_tokens=settings.max_batch_tokens,
-                context_length=self.context_length,
-                prefix_cache=settings.prefix_cache,
-            ),
-        )
-        self._engine = EngineThread(engine, on_crash)
+        self.context_length = served.context_length
+        self._engine = served.new_engine(settings, on_crash)
         self._registry = Registry()
-        self._prompts = PromptReader(served.tokenizer, info.vocabulary_size)
+        self._prompts = PromptReader(served.tokenizer, served.info.vocabulary_size)
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(settings.max_running, settings.max_waiting, settings.max_waiting_tokens)
@@ -132,6 +119,7 @@ class Worker:
         if message.HasField("model"):
             self._check_model(message.model)
         reading = read_request(message, self._served.info, self._backend.limits)
+        self._served.check_honoured(message)
         self._registry.check_free(reading.request_id)
         delivered = reading.delivered
         num_tokens = estimate_tokens(reading.prompt) + delivered.num_tokens

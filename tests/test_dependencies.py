@@ -77,6 +77,11 @@ def test_the_engine_loads_without_torch_or_grpc() -> None:
     assert loaded & {"torch", "transformers", "grpc", "google", "starlette"} == set()
 
 
+def test_what_an_own_engine_implements_loads_without_torch_or_grpc() -> None:
+    loaded = loaded_by("inference_worker.own_engine.protocol")
+    assert loaded & {"torch", "transformers", "grpc", "google", "starlette", "pydantic"} == set()
+
+
 def test_the_contract_loads_neither_side() -> None:
     loaded = loaded_by("protos.sluice.v1.generation_pb2_grpc", "edge", "inference_worker")
     assert "grpc" in loaded

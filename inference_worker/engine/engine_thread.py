@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from inference_worker.engine.engine import Engine, Load
-from inference_worker.engine.event import Event, Failed, FinishReason
-from inference_worker.engine.event_stream import EventStream, is_last
+from inference_worker.engine.event import Event, FinishReason
+from inference_worker.engine.event_stream import EventStream, EventStreams
 from inference_worker.engine.request import Request
 
 Command = Callable[[Engine], None]
@@ -30,7 +30,7 @@ class EngineThread:
         self._on_crash = on_crash
         self._load = engine.load()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._streams: dict[int, EventStream] = {}  # by the request's key
+        self._streams = EventStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -53,7 +53,7 @@ class EngineThread:
         """
         if not self._thread.is_alive():
             raise RuntimeError("the engine is not running")
-        stream = self._streams[request.key] = EventStream(on_event)
+        stream = self._streams.open(request, on_event)
         self._commands.put(lambda engine: engine.add(request))
         return stream
 
@@ -64,7 +64,7 @@ class EngineThread:
         its stream gets nothing more. Ended requests are ignored.
         """
         if reason is None:
-            self._streams.pop(request.key, None)
+            self._streams.drop(request)
         self._commands.put(lambda engine: engine.cancel(request, reason))
 
     async def stop(self) -> None:
@@ -103,23 +103,13 @@ class EngineThread:
     def _hand_over(self) -> None:
         self._load = self._engine.load()
         if events := self._engine.take_events():
-            self._call_on_loop(self._deliver, events)
+            self._call_on_loop(self._streams.deliver, events)
 
     def _call_on_loop(self, callback: Callable[[Any], None], argument: object) -> None:
         assert self._loop is not None, "start() comes first"  # noqa: S101
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self._loop.call_soon_threadsafe(callback, argument)
 
-    def _deliver(self, events: list[tuple[Request, Event]]) -> None:
-        for request, event in events:
-            if (stream := self._streams.get(request.key)) is None:
-                continue  # its reader is gone
-            stream.put(event)
-            if is_last(event):
-                del self._streams[request.key]
-
     def _crash(self, error: BaseException) -> None:
-        for stream in self._streams.values():
-            stream.put(Failed(RuntimeError("the engine stopped")))
-        self._streams.clear()
+        self._streams.fail_all(RuntimeError("the engine stopped"))
         self._on_crash(error)

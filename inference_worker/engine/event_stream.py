@@ -1,12 +1,13 @@
-"""One request's events on their way from the engine's thread to the reader on the event loop."""
+"""A request's events on their way from the engine's thread to the reader on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 from inference_worker.engine.event import Delta, Event, Failed, Finished
+from inference_worker.engine.request import Request
 
 
 class EventStream:
@@ -50,6 +51,37 @@ class EventStream:
         pending, self._pending = self._pending, []
         self._joined.clear()
         return [event.delta() if isinstance(event, _Joined) else event for event in pending]
+
+
+class EventStreams:
+    """The streams of every request that has a reader. Used on the event loop only."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, EventStream] = {}  # by the request's key
+
+    def open(self, request: Request, on_event: Callable[[Event], None] | None) -> EventStream:
+        """Begin a request's stream."""
+        stream = self._streams[request.key] = EventStream(on_event)
+        return stream
+
+    def drop(self, request: Request) -> None:
+        """Its reader is gone; the stream gets nothing more."""
+        self._streams.pop(request.key, None)
+
+    def deliver(self, events: Iterable[tuple[Request, Event]]) -> None:
+        """Put events into their streams; those without a reader are nobody's."""
+        for request, event in events:
+            if (stream := self._streams.get(request.key)) is None:
+                continue
+            stream.put(event)
+            if is_last(event):
+                del self._streams[request.key]
+
+    def fail_all(self, error: Exception) -> None:
+        """Whatever fed them is gone."""
+        for stream in self._streams.values():
+            stream.put(Failed(error))
+        self._streams.clear()
 
 
 class _Joined:

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from inference_worker.scripted_model import ScriptedSettings, load_script
-from inference_worker.served_model import ServedModel
+from inference_worker.served_model import Served
 from inference_worker.server import Server
 from inference_worker.settings import WorkerSettings
 from inference_worker.worker import Worker
@@ -28,7 +28,7 @@ class ServedWorker:
     """What a test may use of it."""
 
     def __init__(
-        self, worker: Worker, server: Server, served: ServedModel, channel: grpc.aio.Channel
+        self, worker: Worker, server: Server, served: Served, channel: grpc.aio.Channel
     ) -> None:
         self.worker = worker
         self.server = server
@@ -77,7 +77,7 @@ async def serve_script(**settings: Any) -> AsyncIterator[ServedWorker]:
 
 
 @asynccontextmanager
-async def serve(served: ServedModel, settings: WorkerSettings) -> AsyncIterator[ServedWorker]:
+async def serve(served: Served, settings: WorkerSettings) -> AsyncIterator[ServedWorker]:
     """Serve a model for the length of the block; at its end nothing may be left inside."""
     crashes: list[BaseException] = []
     worker = Worker(served, settings, crashes.append)

@@ -1,0 +1,1 @@
+"""Engines that users bring: `--engine module:factory`. What one implements is in `protocol`."""
