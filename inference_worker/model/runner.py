@@ -14,7 +14,7 @@ import torch
 from inference_worker.engine.event import Token
 from inference_worker.engine.runner import DeviceLost, InFlight, OutOfMemory, Row, RowOutput
 from inference_worker.engine.sequence import Sequence
-from inference_worker.model.batch import Batch, Span, pack
+from inference_worker.model.batch import Span, pack
 from inference_worker.model.decode_graphs import DecodeGraphs
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
