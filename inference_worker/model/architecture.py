@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from inference_worker.model.awq_checkpoint import awq_format
 from inference_worker.model.errors import UnsupportedModel
 from inference_worker.model.kv_cache import LayerShape
 
@@ -33,9 +34,7 @@ def check_config(config: PretrainedConfig) -> None:
         text, "use_bidirectional_attention", False
     ):
         raise UnsupportedModel(f"{kind}: its attention is not causal")
-    if (quantization := getattr(config, "quantization_config", None)) is not None:
-        method = _field(quantization, "quant_method")
-        raise UnsupportedModel(f"{kind}: checkpoints quantized with {method} are not supported")
+    awq_format(config)
     layer_types = getattr(text, "layer_types", None) or ()
     if other := sorted(set(layer_types) - _SERVED_LAYER_TYPES):
         raise UnsupportedModel(f"{kind}: layers of type {', '.join(other)} are not supported")
@@ -137,10 +136,6 @@ def _window_at(mask_function: Callable[..., torch.Tensor], position: int) -> int
     if last != position or count != last - first + 1:
         raise UnsupportedModel("its attention sees neither all earlier tokens nor a sliding window")
     return 0 if first == 0 else count
-
-
-def _field(source: Any, name: str) -> object:
-    return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from transformers.utils.hub import cached_file
 from inference_worker.engine.request import SamplingParams
 from inference_worker.model import self_check
 from inference_worker.model.architecture import check_config, max_context_length, probe_layers
+from inference_worker.model.awq import AwqLinear
+from inference_worker.model.awq_checkpoint import awq_format, finish, native_awq
 from inference_worker.model.decoder import fuse
 from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
 from inference_worker.model.forward import TransformersForward
@@ -70,8 +73,8 @@ def load_model(settings: LoadSettings) -> ServedModel:
     check_config(config)
     device = _choose_device(settings.device)
     tokenizer = _load_tokenizer(settings.model)
-    model = _load_weights(settings, device)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    model = _load_weights(settings, config, device)
+    num_parameters = _count_parameters(model)
     if settings.threads is None and num_parameters < _SMALL_MODEL:
         torch.set_num_threads(1)
     if tokenizer.vocabulary_size > (known := _vocabulary_size(model)):
@@ -218,19 +221,29 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _load_weights(settings: LoadSettings, device: torch.device) -> PreTrainedModel:
+def _load_weights(
+    settings: LoadSettings, config: PretrainedConfig, device: torch.device
+) -> PreTrainedModel:
+    awq = awq_format(config)
+    dtype = settings.dtype
+    if awq is not None and dtype == "auto" and device.type == "cpu":
+        dtype = "bfloat16"  # the only one that a CPU multiplies 4-bit weights fast in
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            settings.model,
-            dtype=settings.dtype,
-            attn_implementation="eager",  # every model has it; the paged one takes its place later
-            output_loading_info=True,
-        )
+        with nullcontext() if awq is None else native_awq(awq):
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+                settings.model,
+                dtype=dtype,
+                attn_implementation="eager",  # every model has it; the paged one takes its place later
+                output_loading_info=True,
+            )
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):
+        model.to(device)  # type: ignore[arg-type]
+        missing = sorted(report["missing_keys"])
+        if awq is not None:
+            missing = finish(model, awq, missing, model.dtype)
+        if missing:
             # transformers would fill them with random numbers
             raise LoadError(f"{len(missing)} weights are missing, {missing[0]} for one")
-        model.to(device)  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the model does not fit on {_describe(device)}") from error
     except OSError as error:
@@ -238,6 +251,12 @@ def _load_weights(settings: LoadSettings, device: torch.device) -> PreTrainedMod
     except (ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         raise UnsupportedModel(_first_line(error)) from error
     return model
+
+
+def _count_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the model, packed ones by what they stand for."""
+    packed = sum(m.num_weights for m in model.modules() if isinstance(m, AwqLinear))
+    return packed + sum(p.numel() for p in model.parameters())
 
 
 def _load_tokenizer(model: str) -> Tokenizer:

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from inference_worker.model.awq import AwqLinear
+
 Projection: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -16,6 +18,9 @@ def fuse_projections(parts: Sequence[nn.Module]) -> Projection | None:
 
     The parts go on working: their weights become views of the fused one, so that nothing is kept twice.
     """
+    packed = [part for part in parts if isinstance(part, AwqLinear)]
+    if len(packed) == len(parts):
+        return AwqLinear.fuse(packed)
     linears = [part for part in parts if type(part) is nn.Linear]
     if len(linears) != len(parts) or len({linear.bias is None for linear in linears}) != 1:
         return None
