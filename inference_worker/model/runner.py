@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from inference_worker.engine.event import Token
 from inference_worker.engine.runner import DeviceLost, InFlight, OutOfMemory, Row, RowOutput
 from inference_worker.engine.sequence import Sequence
-from inference_worker.model.batch import Batch, Span, pack
+from inference_worker.model.batch import Span, pack
+from inference_worker.model.decode_graphs import DecodeGraphs
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.sampler import BadLogits, Drawn, draw, greatest
@@ -25,8 +26,18 @@ from inference_worker.model.transfer import Download, upload
 class ModelRunner:
     """A forward pass, the KV cache it writes to, and sampling: the engine's `Runner`."""
 
-    def __init__(self, forward: Forward, cache: KVCache, *, runs_ahead: bool | None = None) -> None:
-        """`runs_ahead` is by default what the cache's attention allows."""
+    def __init__(
+        self,
+        forward: Forward,
+        cache: KVCache,
+        *,
+        graphs: DecodeGraphs | None = None,
+        runs_ahead: bool | None = None,
+    ) -> None:
+        """`graphs` compute what they can in place of `forward`; `runs_ahead` is by default what the cache's attention
+        allows.
+        """
+        self._graphs = graphs
         self._forward: Forward | None = forward
         self._cache: KVCache | None = cache
         self.num_blocks = cache.num_blocks
@@ -55,29 +66,24 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, rows: Rows[Row]) -> InFlight:
         """See Runner."""
-        with _errors():
+        with _use(self.cache.device):
             return self._launch(rows)
 
     @torch.inference_mode()
     def logits(self, spans: Rows[Span], wanted: Rows[int]) -> torch.Tensor:
         """Run the spans and give the logits [wanted, vocabulary] of the packed tokens at indices `wanted`."""
-        return self._run(pack(spans, self.cache), wanted)
+        with _on(self.cache.device):
+            return self._compute(spans, wanted)[0]
 
     def close(self) -> None:
         """See Runner."""
-        self._forward = self._cache = None
+        self._forward = self._cache = self._graphs = None
         self._latest = _Latest()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _run(self, batch: Batch, wanted: Rows[int]) -> torch.Tensor:
-        assert self._forward is not None  # noqa: S101 - the cache is there, so this is
-        return self._forward(batch, upload(np.array(wanted), batch.slots.device))
-
     def _launch(self, rows: Rows[Row]) -> _Flight:
         spans = [_span(row) for row in rows]
-        batch = pack(spans, self.cache)
-        self._latest.feed(batch.input_ids, rows)
         # Of every row the last token's logits are looked at, also of a chunk that ends inside a prompt: whatever goes
         # wrong in a row shows there, before its keys and values can be shared or its blocks given to someone else.
         ends = _ends(spans)
@@ -85,11 +91,29 @@ class ModelRunner:
         wanted = [end - 1 for end in ends]
         for end, row, scored in zip(ends, rows, prompts, strict=True):
             wanted.extend(range(end - row.stop + scored.start, end - row.stop + scored.stop))
-        logits = self._run(batch, wanted)
-        flight = _Flight(self, rows, batch.slots, logits, prompts)
+        logits, slots = self._compute(spans, wanted, rows)
+        flight = _Flight(self, rows, slots, logits, prompts)
         if self.runs_ahead:
             self._latest = flight.latest()
         return flight
+
+    def _compute(
+        self, spans: Rows[Span], wanted: Rows[int], rows: Rows[Row] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the packed tokens at indices `wanted`, and the slots of all that were packed.
+
+        `rows` are those of the spans, if some of their tokens are known to the device alone.
+        """
+        batch, graphs = None, self._graphs
+        if graphs is not None and list(wanted) == list(range(len(spans))):
+            batch = graphs.batch(spans)
+        if graphs is not None and batch is not None:
+            self._latest.feed(batch.input_ids, rows)
+            return graphs.logits(batch, len(spans)), batch.slots
+        batch = pack(spans, self.cache)
+        self._latest.feed(batch.input_ids, rows)
+        assert self._forward is not None  # noqa: S101 - the cache is there, so this is
+        return self._forward(batch, upload(np.array(wanted), batch.slots.device)), batch.slots
 
     def clear(self, slots: torch.Tensor) -> None:
         """Forget what a failed row wrote to slots [tokens]."""
@@ -153,7 +177,7 @@ class _Flight:
     @torch.inference_mode()
     def collect(self) -> list[RowOutput]:
         """See InFlight."""
-        with _errors():
+        with _use(self._slots.device):
             outcomes = self._outcomes()
             prompts = self._scored.read()
             self._clear_bad(outcomes)
@@ -209,11 +233,17 @@ class _ScoredPrompts:
         return [tuple(next(tokens) for _ in scored) for scored in self._prompts]
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Make it the current device: kernels are launched there, and each thread has its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Raise torch's errors as the engine knows them."""
+def _use(device: torch.device) -> Iterator[None]:
+    """Work on a device, and raise torch's errors as the engine knows them."""
     try:
-        yield
+        with _on(device):
+            yield
     except torch.AcceleratorError as error:  # such as a CUDA error, after which every call fails
         raise DeviceLost(str(error)) from error
     except RuntimeError as error:

@@ -21,6 +21,14 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def upload_into(array: npt.NDArray[Any], target: torch.Tensor) -> None:
+    """Copy the array into a tensor of its shape, after what the device has been told before."""
+    source = torch.from_numpy(array)
+    if target.device.type == "cuda":
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
+
+
 class Download:
     """A tensor on its way to the host. On a CPU it is the tensor itself, which must not change before it is read."""
 
