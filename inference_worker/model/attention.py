@@ -61,11 +61,24 @@ def attend(
     heads, value dim]; the result is [tokens, heads, value dim].
     """
     batch.cache.write(layer, batch.slots, key, value)
-    rule = _Rule(scaling, softcap, sinks)
-    parts = [_attend_decode(batch.cache, layer, rows, query, rule) for rows in batch.decode]
-    parts += [
-        _attend_chunk(batch.cache, layer, chunk, query, key, value, rule) for chunk in batch.chunks
-    ]
+    return attend_cached(batch, layer, query, scaling, softcap, sinks, fresh=(key, value))
+
+
+def attend_cached(
+    batch: Batch,
+    layer: int,
+    query: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The same when the cache holds the batch's keys and values; `fresh` are those, where they are at hand as well."""
+    cache, rule = batch.cache, _Rule(scaling, softcap, sinks)
+    decode = _attend_decode_by_kernel if cache.uses_kernels else _attend_decode
+    parts = [decode(cache, layer, rows, query, rule) for rows in batch.decode]
+    parts += [_attend_chunk(cache, layer, chunk, query, fresh, rule) for chunk in batch.chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -81,6 +94,10 @@ class _Rule:
         self.softcap = softcap
         self.sinks = sinks
 
+    def scale_of(self, query: torch.Tensor) -> float:
+        """The factor of the scores, by default what transformers takes."""
+        return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+
     def attend(
         self,
         query: torch.Tensor,
@@ -95,8 +112,7 @@ class _Rule:
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scaling
             )
-        scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        scores = (query @ key.transpose(-1, -2)) * scaling
+        scores = (query @ key.transpose(-1, -2)) * self.scale_of(query)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if is_causal:
@@ -140,20 +156,43 @@ def _attend_decode(
     return attended.reshape(num_rows, num_heads, shape.value_dim)
 
 
+def _attend_decode_by_kernel(
+    cache: KVCache, layer: int, rows: DecodeRows, query: torch.Tensor, rule: _Rule
+) -> torch.Tensor:
+    """Attention of decode rows: [rows, heads, value dim]."""
+    # triton need not be installed where there is no GPU
+    from inference_worker.model.kernels.paged_attention import decode_attention
+
+    return decode_attention(
+        query[rows.first : rows.last].contiguous(),
+        cache.keys[layer],
+        cache.values[layer],
+        rows.block_table,
+        rows.lengths,
+        scale=rule.scale_of(query),
+        window=cache.layers[layer].window,
+        softcap=rule.softcap,
+        sinks=None if rule.sinks is None else rule.sinks.to(query.dtype),
+    )
+
+
 def _attend_chunk(
     cache: KVCache,
     layer: int,
     chunk: Chunk,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None,
     rule: _Rule,
 ) -> torch.Tensor:
     """Attention of one prefill chunk: [tokens, heads, value dim]."""
     window = cache.layers[layer].window
     tokens = slice(chunk.first, chunk.last)
+    mask = None
     if chunk.sees_itself_only(window):
-        keys, values, mask = key[tokens], value[tokens], None
+        if fresh is None:
+            keys, values = (x[: chunk.stop] for x in cache.read(layer, chunk.block_ids))
+        else:
+            keys, values = (x[tokens] for x in fresh)
     else:
         view = chunk.view(window)
         keys, values = (x[: view.num_keys] for x in cache.read(layer, view.block_ids))
