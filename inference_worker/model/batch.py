@@ -134,21 +134,21 @@ class Chunk(Queries):
         super().__init__(cache, first, first + stop - start, stop)
         self.start = start
         self.stop = stop
-        self._block_ids = upload(block_ids, cache.device)
+        self.block_ids = upload(block_ids, cache.device)
 
     def sees_itself_only(self, window: int | None) -> bool:
         """Whether plain causal attention among its own tokens is all there is to compute."""
         return self.start == 0 and (window is None or self.stop <= window)
 
     def _make_view(self, window: int | None) -> KeyView:
-        size, device = self._cache.block_size, self._block_ids.device
+        size, device = self._cache.block_size, self.block_ids.device
         begin = 0 if window is None else max(0, self.start - window + 1) // size * size
         queries = torch.arange(self.start, self.stop, device=device)[:, None]
         keys = torch.arange(begin, self.stop, device=device)
         visible = keys <= queries
         if window is not None:
             visible &= keys > queries - window
-        block_ids = self._block_ids[begin // size :]
+        block_ids = self.block_ids[begin // size :]
         return KeyView(block_ids, self.stop - begin, self._additive(visible))
 
 

@@ -14,13 +14,13 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from inference_worker.engine.request import SamplingParams
-from inference_worker.model import self_check
+from inference_worker.model import kernels, self_check
 from inference_worker.model.architecture import check_config, max_context_length, probe_layers
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_checkpoint import awq_format, finish, native_awq
-from inference_worker.model.decoder import fuse
+from inference_worker.model.decoder import FusedDecoder, fuse
 from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
-from inference_worker.model.forward import TransformersForward
+from inference_worker.model.forward import Forward, TransformersForward
 from inference_worker.model.kv_cache import KVCache, LayerShape, bytes_per_token, count_blocks
 from inference_worker.model.memory import free_bytes
 from inference_worker.model.runner import ModelRunner
@@ -120,7 +120,7 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
     )
     try:
         references = self_check.reference_logits(model, samples)
-        if (runner := _try_fused(model, cache, samples, references)) is not None:
+        if (runner := _try_fused(model, cache, context_length, samples, references)) is not None:
             return runner
         runner = ModelRunner(TransformersForward(model), cache)
         self_check.check(runner, samples, references)
@@ -139,6 +139,7 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
 def _try_fused(
     model: PreTrainedModel,
     cache: KVCache,
+    context_length: int,
     samples: list[self_check.Sample],
     references: list[torch.Tensor],
 ) -> ModelRunner | None:
@@ -146,7 +147,7 @@ def _try_fused(
     try:
         if (decoder := fuse(model)) is None:
             return None
-        runner = ModelRunner(decoder, cache)
+        runner = ModelRunner(_with_kernels(decoder, cache, context_length), cache)
         self_check.check(runner, samples, references)
     except torch.OutOfMemoryError:
         raise
@@ -154,6 +155,24 @@ def _try_fused(
         _log.warning("the fused decoder is not used: %s", _first_line(error))
         return None
     return runner
+
+
+def _with_kernels(decoder: FusedDecoder, cache: KVCache, context_length: int) -> Forward:
+    """The decoder, its layers computed by kernels where the cache uses them."""
+    if not cache.uses_kernels:
+        return decoder
+    # triton need not be installed where there is no GPU
+    from inference_worker.model.kernel_decoder import KernelDecoder
+
+    return KernelDecoder(decoder, context_length)
+
+
+def _can_use_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda":
+        return False
+    if (fault := kernels.find_fault(device, dtype)) is not None:
+        _log.warning("the CUDA kernels are not used: %s", fault)
+    return fault is None
 
 
 def default_sampling(generation_config: dict[str, Any]) -> SamplingParams:
@@ -292,6 +311,7 @@ def _make_cache(
             block_size=settings.block_size,
             dtype=model.dtype,
             device=model.device,
+            uses_kernels=_can_use_kernels(model.device, model.dtype),
         )
     except (RuntimeError, MemoryError) as error:
         raise LoadError(

@@ -1,7 +1,8 @@
 """Kernels of the CUDA path, in Triton.
 
 Import a module of this package only where `is_available()`: each imports triton, which is not needed
-and may be missing where there is no CUDA. Tensors lie on the current CUDA device.
+and may be missing where there is no CUDA. Tensors lie on the current CUDA device. Triton compiles a kernel when it is
+first launched, for which it wants a C compiler; `find_fault` tries that.
 
 Padding, for batches of a fixed size: a row of length 0 attends to nothing and gives zeros, a token of slot -1 writes
 nothing to the cache, and block tables are never read past a row's length. So a padded row has length 0, slot -1,
@@ -26,6 +27,29 @@ _NUM_PROCESSORS_WITHOUT_CUDA = 132
 def is_available() -> bool:
     """Whether kernels can run here: a CUDA device and an installed triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot run on a device with numbers of a dtype; None where they can: a small one was run."""
+    if device.type != "cuda":
+        return "they are for CUDA devices"
+    if not is_available():
+        return "triton is not installed"
+    try:
+        _try_attention(device, dtype)
+    except Exception as error:  # a compiler, a linker and a driver may each fail in their own way
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return None
+
+
+def _try_attention(device: torch.device, dtype: torch.dtype) -> None:
+    from inference_worker.model.kernels.paged_attention import decode_attention
+
+    query = torch.zeros(1, 2, 16, dtype=dtype, device=device)
+    cache = torch.zeros(1, 16, 1, 16, dtype=dtype, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    attended = decode_attention(query, cache, cache, table, table[0] + 3, scale=1.0)
+    attended.sum().item()  # waits for the device, which may fail
 
 
 @cache

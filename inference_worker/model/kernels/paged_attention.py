@@ -15,8 +15,10 @@ import triton.language as tl
 
 from inference_worker.model.kernels import num_processors
 
-# Tokens of a part that are attended to at once.
+# Tokens of a part that are attended to at once, at most, and bytes of their keys and values, of which two tiles lie in
+# shared memory at a time.
 _TILE = 64
+_TILE_BYTES = 32 * 1024
 # Fewest rows and columns of a matrix product on tensor cores.
 _LEAST = 16
 _MOST_SPLITS = 64
@@ -67,7 +69,11 @@ def decode_attention(
     )
     sums = torch.empty(rows, num_heads, splits, dtype=torch.float32, device=query.device)
     group = num_heads // num_kv_heads
-    cuts = {"WINDOW": window or 0, "SPLITS": splits, "TILE": _TILE}
+    key_width = max(_LEAST, triton.next_power_of_2(key_dim))
+    value_width = max(_LEAST, triton.next_power_of_2(value_dim))
+    tile = _TILE_BYTES // ((key_width + value_width) * query.element_size())
+    tile = max(_LEAST, 1 << (min(tile, _TILE).bit_length() - 1))
+    cuts = {"WINDOW": window or 0, "SPLITS": splits, "TILE": tile}
     _attend[(rows, num_kv_heads, splits)](
         query,
         key_cache,
@@ -83,9 +89,9 @@ def decode_attention(
         GROUP=group,
         GROUP_WIDTH=max(_LEAST, triton.next_power_of_2(group)),
         KEY_DIM=key_dim,
-        KEY_WIDTH=max(_LEAST, triton.next_power_of_2(key_dim)),
+        KEY_WIDTH=key_width,
         VALUE_DIM=value_dim,
-        VALUE_WIDTH=max(_LEAST, triton.next_power_of_2(value_dim)),
+        VALUE_WIDTH=value_width,
         BLOCK_SIZE=block_size,
         SOFTCAP=softcap or 0.0,
         SINKS=sinks is not None,
@@ -102,7 +108,7 @@ def decode_attention(
             out,
             HEADS=num_heads,
             VALUE_DIM=value_dim,
-            VALUE_WIDTH=triton.next_power_of_2(value_dim),
+            VALUE_WIDTH=value_width,
             SPLITS_WIDTH=triton.next_power_of_2(splits),
             SINKS=sinks is not None,
             **cuts,

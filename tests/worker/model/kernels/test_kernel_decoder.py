@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from inference_worker.model import loader
 from inference_worker.model.architecture import probe_layers
 from inference_worker.model.batch import Batch, DecodeRows, Span, pack
 from inference_worker.model.decoder import FusedDecoder, fuse
 from inference_worker.model.forward import Forward, TransformersForward
 from inference_worker.model.kernel_decoder import KernelDecoder
+from inference_worker.model.kernels import find_fault
 from inference_worker.model.kv_cache import KVCache
-from tests.worker.model.driver import prompt_of
+from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
 from tests.worker.model.kernels.device import DEVICE
 from tests.worker.model.test_decoder import FUSED, randomise_vectors
 from tests.worker.model.tiny_models import CONTEXT, FAMILIES, build_from
@@ -24,7 +26,8 @@ BLOCK_SIZE, NUM_BLOCKS = 4, 64
 
 
 def new_model(make: Callable[[], PretrainedConfig]) -> PreTrainedModel:
-    return randomise_vectors(build_from(make())).to(DEVICE)  # type: ignore[arg-type]
+    model: Any = randomise_vectors(build_from(make()))
+    return cast(PreTrainedModel, model.to(DEVICE))
 
 
 def new_cache(model: PreTrainedModel, **options: Any) -> KVCache:
@@ -81,7 +84,7 @@ def test_fused_layers(family: str) -> None:
     decoder = new_fused(model)
     expected = logits_of(decoder, plain)
     assert_near(logits_of(KernelDecoder(decoder, CONTEXT), ours), expected)
-    for layer in plain.keys:  # the padding of a table is never written to
+    for layer in plain.keys:
         torch.testing.assert_close(ours.keys[layer], plain.keys[layer], rtol=0, atol=1e-4)
         torch.testing.assert_close(ours.values[layer], plain.values[layer], rtol=0, atol=1e-4)
 
@@ -105,7 +108,7 @@ def test_attention_of_other_models(family: str) -> None:
 def test_half_precision_is_as_near_to_the_exact_result_as_torch_is(dtype: torch.dtype) -> None:
     model = new_model(FUSED["qwen3, query norms"])
     exact = torch.cat(logits_of(new_fused(model), new_cache(model)))
-    half = model.to(dtype)  # type: ignore[call-arg]
+    half = cast(Any, model).to(dtype)
     decoder = new_fused(half)
     torchs = torch.cat(logits_of(decoder, new_cache(half))) - exact
     ours = torch.cat(logits_of(KernelDecoder(decoder, CONTEXT), new_cache(half, uses_kernels=True)))
@@ -114,18 +117,22 @@ def test_half_precision_is_as_near_to_the_exact_result_as_torch_is(dtype: torch.
 
 
 @torch.inference_mode()
-def test_padded_rows_change_no_bit_of_the_others() -> None:
+def test_padded_rows_change_nothing() -> None:
     model = new_model(FUSED["mistral, window"])
     decoder = KernelDecoder(new_fused(model), CONTEXT)
     cache = new_cache(model, uses_kernels=True)
+    logits = logits_of(decoder, cache)
     *_, (spans, wanted) = steps()
-    logits = logits_of(decoder, cache)[-1]
-    before = {layer: keys.clone() for layer, keys in cache.keys.items()}
     batch = pack(spans, cache)
+    tensors = [*cache.keys.values(), *cache.values.values()]
+    before = [tensor.clone() for tensor in tensors]
     padded = decoder(_pad(batch, 3), torch.tensor(wanted, device=DEVICE))
-    torch.testing.assert_close(padded, logits, rtol=0, atol=0)
-    for layer, keys in cache.keys.items():
-        assert torch.equal(keys, before[layer])
+    assert_near([padded], logits[-1:])
+    for tensor, old in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor, old)
+        for after in (tensor, old):
+            after.flatten(0, 1)[batch.slots] = 0
+        assert torch.equal(tensor, old)
 
 
 def _pad(batch: Batch, count: int) -> Batch:
@@ -139,6 +146,23 @@ def _pad(batch: Batch, count: int) -> Batch:
     padded = DecodeRows(batch.cache, 0, lengths, table, (0, CONTEXT))
     ids, positions = longer(batch.input_ids, 0), longer(batch.positions, 0)
     return Batch(batch.cache, ids, positions, longer(batch.slots, -1), [padded], [])
+
+
+def test_the_loader_computes_by_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_can_use_kernels", lambda *_: True)
+    model = build_from(FUSED["qwen2, window in one layer, biases"]())
+    prompt = prompt_of(7)
+    expected = generate(model, prompt, 4)
+    runner = new_runner(model)
+    assert isinstance(runner._forward, KernelDecoder)
+    sequence = new_sequence(prompt)
+    Driver(runner).run([sequence], 4)
+    assert list(sequence.token_ids) == expected
+
+
+def test_a_processor_without_kernels_is_told_so() -> None:
+    fault = find_fault(torch.device("cpu"), torch.float32)
+    assert fault == "they are for CUDA devices"
 
 
 def test_rotary_embeddings_of_another_kind_are_refused() -> None:
