@@ -72,6 +72,14 @@ class WorkerSettings(BaseSettings):
         json_schema_extra=unit("tokens"),
     )
 
+    deterministic: bool = Field(
+        False,
+        description="Compute every token alike to the last bit, whatever else is in the batch, however its prompt is "
+        "cut, and whether or not its prefix was cached. Slower. "
+        "A model or machine on which it does not hold is refused.",
+        json_schema_extra=unit("bool"),
+    )
+
     # --- the engine
     engine: str | None = Field(
         None,

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from inference_worker.model.batch import Batch, Chunk, DecodeRows
 from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.row_attention import attend_by_row
 
 PAGED = "sluice_paged"
 
@@ -75,6 +76,8 @@ def attend_cached(
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The same when the cache holds the batch's keys and values; `fresh` are those, where they are at hand as well."""
+    if batch.rows is not None:
+        return attend_by_row(batch.cache, batch.rows, layer, query, scaling, softcap, sinks)
     cache, rule = batch.cache, _Rule(scaling, softcap, sinks)
     decode = _attend_decode_by_kernel if cache.uses_kernels else _attend_decode
     parts = [decode(cache, layer, rows, query, rule) for rows in batch.decode]

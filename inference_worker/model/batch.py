@@ -20,6 +20,8 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 # Keys and values of one layer that are gathered from the cache at once, for decode rows.
 _GATHERED_BYTES_CPU = 4 * 2**20
 _GATHERED_BYTES_GPU = 512 * 2**20
+# Keys that a token which attends alone looks at together.
+_PIECE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class Queries(ABC):
         return view
 
     @abstractmethod
+    def tables(self) -> torch.Tensor:
+        """The block table of each token's sequence [tokens, blocks], padded with a block of its own."""
+
+    @abstractmethod
     def _make_view(self, window: int | None) -> KeyView: ...
 
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
@@ -102,6 +108,10 @@ class DecodeRows(Queries):
         width = -(-bounds[1] // cache.block_size)
         on_device = upload(np.ascontiguousarray(table[:, :width]), cache.device)
         return cls(cache, first, upload(lengths, cache.device), on_device, bounds)
+
+    def tables(self) -> torch.Tensor:
+        """See Queries."""
+        return self.block_table.long()
 
     def _make_view(self, window: int | None) -> KeyView:
         size, table = self._cache.block_size, self.block_table
@@ -140,6 +150,10 @@ class Chunk(Queries):
         """Whether plain causal attention among its own tokens is all there is to compute."""
         return self.start == 0 and (window is None or self.stop <= window)
 
+    def tables(self) -> torch.Tensor:
+        """See Queries."""
+        return self._block_ids.expand(self.stop - self.start, -1)
+
     def _make_view(self, window: int | None) -> KeyView:
         size, device = self._cache.block_size, self.block_ids.device
         begin = 0 if window is None else max(0, self.start - window + 1) // size * size
@@ -153,6 +167,47 @@ class Chunk(Queries):
 
 
 @dataclass(frozen=True, slots=True)
+class PieceOfKeys:
+    """Some consecutive positions of each token's own sequence."""
+
+    slots: torch.Tensor  # [tokens * keys], where in the cache they are
+    mask: torch.Tensor  # [tokens, keys], 0 or -inf, float32
+
+
+class TokenRows:
+    """Tokens each of which attends alone, to keys in pieces that are cut at the same positions for all."""
+
+    def __init__(self, cache: KVCache, positions: torch.Tensor, tables: torch.Tensor) -> None:
+        """`positions` [tokens]; `tables` [tokens, blocks] are their sequences', padded with a block of their own."""
+        self._block_size = cache.block_size
+        self._positions = positions[:, None]
+        self._tables = tables
+        self._pieces: dict[int | None, list[PieceOfKeys]] = {}
+
+    def pieces(self, window: int | None) -> list[PieceOfKeys]:
+        """All that any of the tokens sees through a window, in order of positions."""
+        if (pieces := self._pieces.get(window)) is None:
+            pieces = self._pieces[window] = list(self._make_pieces(window))
+        return pieces
+
+    def _make_pieces(self, window: int | None) -> Iterator[PieceOfKeys]:
+        least, greatest = (int(x) for x in self._positions.aminmax())
+        begin = 0 if window is None else max(0, least - window + 1)
+        size = self._block_size
+        for start in range(begin // _PIECE * _PIECE, greatest + 1, _PIECE):
+            keys = torch.arange(start, start + _PIECE, device=self._positions.device)
+            visible = keys <= self._positions
+            if window is not None:
+                visible &= keys > self._positions - window
+            mask = torch.zeros(visible.shape, device=visible.device)
+            mask.masked_fill_(~visible, -torch.inf)
+            # positions past a table's end are masked; clamping only keeps the look-up inside
+            columns = (keys // size).clamp_max_(self._tables.shape[1] - 1)
+            slots = self._tables[:, columns] * size + keys % size
+            yield PieceOfKeys(slots.flatten(), mask)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What the layers need to know of a step. Decode rows are packed before prefill chunks."""
 
@@ -162,6 +217,15 @@ class Batch:
     slots: torch.Tensor  # [tokens], where keys and values go: block * block_size + offset
     decode: list[DecodeRows]
     chunks: list[Chunk]
+    rows: TokenRows | None = None  # if set, in place of the two above
+
+    def block_tables(self) -> torch.Tensor:
+        """The block table of each token's sequence [tokens, blocks], padded with a block of its own."""
+        tables = [part.tables() for part in (*self.decode, *self.chunks)]
+        width = max(table.shape[1] for table in tables)
+        return torch.cat(
+            [torch.cat([x, x[:, :1].expand(-1, width - x.shape[1])], 1) for x in tables]
+        )
 
 
 def pack(spans: Sequence[Span], cache: KVCache) -> Batch:

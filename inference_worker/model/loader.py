@@ -56,6 +56,8 @@ class LoadSettings(Protocol):
     @property
     def block_size(self) -> int: ...  # tokens
     @property
+    def deterministic(self) -> bool: ...  # no token's logits may depend on others by a bit
+    @property
     def kv_cache_mib(self) -> int | None: ...  # None: by fraction
     @property
     def kv_cache_fraction(self) -> float: ...  # of the memory free once the model is loaded
@@ -120,10 +122,14 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
     )
     try:
         references = self_check.reference_logits(model, samples)
-        if (runner := _try_fused(model, cache, context_length, samples, references)) is not None:
-            return runner
-        runner = ModelRunner(TransformersForward(model), cache)
-        self_check.check(runner, samples, references)
+        runner = _try_fused(model, cache, context_length, samples, references, settings)
+        if runner is None:
+            runner = ModelRunner(
+                TransformersForward(model), cache, is_steady=settings.deterministic
+            )
+            self_check.check(runner, samples, references)
+        if settings.deterministic:
+            self_check.check_steady(runner, samples)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{model.config.model_type}: {error}") from error
     except torch.OutOfMemoryError as error:
@@ -142,12 +148,14 @@ def _try_fused(
     context_length: int,
     samples: list[self_check.Sample],
     references: list[torch.Tensor],
+    settings: LoadSettings,
 ) -> ModelRunner | None:
     """A runner of the fused decoder, if there is one for the model and it passes the check."""
     try:
         if (decoder := fuse(model)) is None:
             return None
-        runner = ModelRunner(_with_kernels(decoder, cache, context_length), cache)
+        forward = _with_kernels(decoder, cache, context_length)
+        runner = ModelRunner(forward, cache, is_steady=settings.deterministic)
         self_check.check(runner, samples, references)
     except torch.OutOfMemoryError:
         raise
@@ -311,7 +319,7 @@ def _make_cache(
             block_size=settings.block_size,
             dtype=model.dtype,
             device=model.device,
-            uses_kernels=_can_use_kernels(model.device, model.dtype),
+            uses_kernels=not settings.deterministic and _can_use_kernels(model.device, model.dtype),
         )
     except (RuntimeError, MemoryError) as error:
         raise LoadError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from inference_worker.engine.runner import DeviceLost, InFlight, OutOfMemory, Ro
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model.batch import Span, pack
 from inference_worker.model.decode_graphs import DecodeGraphs
+from inference_worker.model.fixed_passes import FixedPasses
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.sampler import BadLogits, Drawn, draw, greatest
@@ -33,12 +34,14 @@ class ModelRunner:
         *,
         graphs: DecodeGraphs | None = None,
         runs_ahead: bool | None = None,
+        is_steady: bool = False,
     ) -> None:
         """`graphs` compute what they can in place of `forward`; `runs_ahead` is by default what the cache's attention
-        allows.
+        allows. `is_steady`: what a token gets depends on its own sequence alone, to the last bit; it takes no graphs.
         """
-        self._graphs = graphs
-        self._forward: Forward | None = forward
+        self.is_steady = is_steady
+        self._graphs = None if is_steady else graphs
+        self._forward: Forward | None = FixedPasses(forward) if is_steady else forward
         self._cache: KVCache | None = cache
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
@@ -162,10 +165,12 @@ class _Flight:
         ends = logits[: len(rows)]
         if self._whole:
             whole = ends if not self._partial else ends[upload(np.array(self._whole), ends.device)]
-            self._drawn = draw(whole.float(), [rows[i].sequence for i in self._whole])
+            sequences = [rows[i].sequence for i in self._whole]
+            self._drawn = draw(whole.float(), sequences, one_by_one=runner.is_steady)
         if self._partial:
             self._peaks = Download(ends.gather(1, greatest(ends.float())[:, None])[:, 0])
-        self._scored = _ScoredPrompts(logits[len(rows) :], rows, prompts)
+        scores = Scores.one_by_one if runner.is_steady else Scores
+        self._scored = _ScoredPrompts(logits[len(rows) :], rows, prompts, scores)
 
     def latest(self) -> _Latest:
         """What the next step may need."""
@@ -212,7 +217,13 @@ class _Flight:
 class _ScoredPrompts:
     """The prompt tokens that a step scores, on their way to the host."""
 
-    def __init__(self, logits: torch.Tensor, rows: Rows[Row], prompts: Rows[range]) -> None:
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        rows: Rows[Row],
+        prompts: Rows[range],
+        scores: Callable[[torch.Tensor, torch.Tensor, list[int]], Scores],
+    ) -> None:
         """`logits` holds the scoring positions of all rows, one after the other."""
         self._prompts = prompts
         self._token_ids: list[int] = []
@@ -223,7 +234,7 @@ class _ScoredPrompts:
         self._scores: Scores | None = None
         if self._token_ids:
             token_ids = upload(np.array(self._token_ids), logits.device)
-            self._scores = Scores(logits, token_ids, num_top)
+            self._scores = scores(logits, token_ids, num_top)
 
     def read(self) -> list[tuple[Token, ...]]:
         """Scored prompt tokens of each row."""

@@ -37,16 +37,18 @@ def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception
     return draw(logits, rows).read()
 
 
-def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
+def draw(logits: torch.Tensor, rows: Rows[Sequence], *, one_by_one: bool = False) -> Drawn:
     """Draw a token for each row.
 
     `logits` is float32 [rows, vocabulary] and is left as it is. Bias and penalties come first (`penalties`), then
     temperature, which divides the logits, then `truncation`; temperature 0 takes the greatest logit, the first of equal
     ones. Log-probabilities, where asked for, are those of the logits as the model gave them.
 
-    A row that fails costs the others nothing.
+    A row that fails costs the others nothing. `one_by_one`: nor does a sum's rounding depend on what else is drawn.
     """
     try:
+        if one_by_one and len(rows) > 1:
+            return _draw_each(logits, rows)
         part = _Part(logits, rows)
         return Drawn(part.tokens, [part])
     except torch.OutOfMemoryError:
@@ -54,7 +56,12 @@ def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
     except Exception as error:  # whatever one row's parameters raise must not reach the others
         if len(rows) == 1:
             return Drawn(torch.zeros(1, dtype=torch.int64, device=logits.device), [error])
-    each = [draw(logits[i : i + 1], [row]) for i, row in enumerate(rows)]
+    return _draw_each(logits, rows)
+
+
+def _draw_each(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
+    # copies, for where in memory a row begins may count too
+    each = [draw(logits[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
     tokens = torch.cat([drawn.tokens for drawn in each])
     return Drawn(tokens, [part for drawn in each for part in drawn.parts])
 

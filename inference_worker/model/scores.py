@@ -31,17 +31,27 @@ class Scores:
     """
 
     def __init__(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        num_top: Sequence[int],
+        rows_at_once: int = _ROWS_AT_ONCE,
     ) -> None:
         """`token_ids` is [rows]. Nothing waits for the device."""
         self._num_top = num_top
         self._parts = [
             _Part(logits[rows], token_ids[rows], max(num_top[rows]))
             for rows in (
-                slice(first, first + _ROWS_AT_ONCE)
-                for first in range(0, len(num_top), _ROWS_AT_ONCE)
+                slice(first, first + rows_at_once) for first in range(0, len(num_top), rows_at_once)
             )
         ]
+
+    @classmethod
+    def one_by_one(
+        cls, logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]
+    ) -> Scores:
+        """The same, where a sum's rounding must not depend on what else is scored."""
+        return cls(logits, token_ids, num_top, rows_at_once=1)
 
     def read(self, token_ids: Sequence[int]) -> list[Token]:
         """The rows' tokens, whose ids the caller has read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,19 +85,46 @@ def check(runner: ModelRunner, samples: list[Sample], references: list[torch.Ten
     Raises: UnsupportedModel if they differ by more than the dtype explains.
     """
     tolerance = _TOLERANCE.get(runner.cache.dtype, 0.1)
+    for running in _steps(samples):
+        num_tokens = sum(span.stop - span.start for _, span in running)
+        logits = runner.logits([span for _, span in running], range(num_tokens))
+        expected = torch.cat([references[i][span.start : span.stop] for i, span in running])
+        _compare(logits, expected, tolerance)
+
+
+def check_steady(runner: ModelRunner, samples: list[Sample]) -> None:
+    """Check that a token's logits are the same to the last bit alone in one step, and in steps of any other kind.
+
+    Raises: UnsupportedModel.
+    """
+    alone = [
+        runner.logits(
+            [Span(x.token_ids, 0, len(x.token_ids), x.block_table)], range(len(x.token_ids))
+        )
+        for x in samples
+    ]
+    for running in _steps(samples):
+        num_tokens = sum(span.stop - span.start for _, span in running)
+        logits = runner.logits([span for _, span in running], range(num_tokens))
+        expected = torch.cat([alone[i][span.start : span.stop] for i, span in running])
+        if not torch.equal(logits, expected):
+            raise UnsupportedModel(
+                "its logits depend on what is computed beside them, in experts perhaps; "
+                "it cannot be served with --deterministic"
+            )
+
+
+def _steps(samples: list[Sample]) -> Iterator[list[tuple[int, Span]]]:
+    """The samples' steps, one sample a step behind the other: (index of the sample, span), decode rows first."""
     for step in range(max(len(sample.ends) for sample in samples) + len(samples)):
         running = [
-            (span, references[i])
+            (i, span)
             for i, sample in enumerate(samples)
             if (span := sample.span(step - i)) is not None
         ]
-        running.sort(key=lambda pair: not pair[0].is_decode)
-        if not running:
-            continue
-        num_tokens = sum(span.stop - span.start for span, _ in running)
-        logits = runner.logits([span for span, _ in running], range(num_tokens))
-        expected = torch.cat([reference[span.start : span.stop] for span, reference in running])
-        _compare(logits, expected, tolerance)
+        running.sort(key=lambda pair: not pair[1].is_decode)
+        if running:
+            yield running
 
 
 def _compare(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -33,14 +33,17 @@ class Settings:
     context_length: int | None = None
     max_running: int = 8
     block_size: int = 4
+    deterministic: bool = False
     kv_cache_mib: int | None = None
     kv_cache_fraction: float = 0.5
     log_level: str = "info"
 
 
-def new_runner(model: PreTrainedModel, block_size: int = 4) -> ModelRunner:
+def new_runner(
+    model: PreTrainedModel, block_size: int = 4, *, deterministic: bool = False
+) -> ModelRunner:
     """A runner that passed its own check."""
-    return make_runner(model, CONTEXT, Settings(block_size=block_size))
+    return make_runner(model, CONTEXT, Settings(block_size=block_size, deterministic=deterministic))
 
 
 def new_sequence(
