@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from inference_worker.model import varlen
 from inference_worker.model.batch import Batch, Chunk, DecodeRows
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.row_attention import attend_by_row
@@ -97,6 +98,11 @@ class _Rule:
         self.softcap = softcap
         self.sinks = sinks
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are the softmax of the scaled scores."""
+        return self.softcap is None and self.sinks is None
+
     def scale_of(self, query: torch.Tensor) -> float:
         """The factor of the scores, by default what transformers takes."""
         return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
@@ -111,7 +117,7 @@ class _Rule:
         is_causal: bool = False,
     ) -> torch.Tensor:
         """Attention over [rows, kv heads or heads, n, dim]; an additive mask broadcasts over the scores."""
-        if self.softcap is None and self.sinks is None:
+        if self.is_plain:
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scaling
             )
@@ -190,6 +196,8 @@ def _attend_chunk(
     """Attention of one prefill chunk: [tokens, heads, value dim]."""
     window = cache.layers[layer].window
     tokens = slice(chunk.first, chunk.last)
+    if rule.is_plain and varlen.can_attend(cache, layer):
+        return varlen.attend_chunk(cache, layer, chunk, query[tokens], rule.scale_of(query))
     mask = None
     if chunk.sees_itself_only(window):
         if fresh is None:

@@ -145,6 +145,7 @@ class Chunk(Queries):
         self.start = start
         self.stop = stop
         self.block_ids = upload(block_ids, cache.device)
+        self._cumulative: dict[int, torch.Tensor] = {}
 
     def sees_itself_only(self, window: int | None) -> bool:
         """Whether plain causal attention among its own tokens is all there is to compute."""
@@ -152,11 +153,32 @@ class Chunk(Queries):
 
     def tables(self) -> torch.Tensor:
         """See Queries."""
-        return self._block_ids.expand(self.stop - self.start, -1)
+        return self.block_ids.expand(self.stop - self.start, -1)
+
+    def first_key(self, window: int | None) -> int:
+        """Position of the first token in the first block that any of its tokens sees through a window."""
+        size = self._cache.block_size
+        return 0 if window is None else max(0, self.start - window + 1) // size * size
+
+    @property
+    def cumulative_queries(self) -> torch.Tensor:
+        """0 and the number of its tokens, int32."""
+        return self._from_zero(self.stop - self.start)
+
+    def cumulative_keys(self, first: int) -> torch.Tensor:
+        """0 and the number of visible tokens from position `first` on, int32."""
+        return self._from_zero(self.stop - first)
+
+    def _from_zero(self, count: int) -> torch.Tensor:
+        # made once and shared by the layers
+        if (bounds := self._cumulative.get(count)) is None:
+            bounds = upload(np.array([0, count], dtype=np.int32), self._cache.device)
+            self._cumulative[count] = bounds
+        return bounds
 
     def _make_view(self, window: int | None) -> KeyView:
         size, device = self._cache.block_size, self.block_ids.device
-        begin = 0 if window is None else max(0, self.start - window + 1) // size * size
+        begin = self.first_key(window)
         queries = torch.arange(self.start, self.stop, device=device)[:, None]
         keys = torch.arange(begin, self.stop, device=device)
         visible = keys <= queries
