@@ -32,7 +32,7 @@ class SumForward:
         kept[batch.slots[real]] = values[real].to(kept.dtype)
         sums = [self.sum_of_row(kept, *row) for rows in batch.decode for row in row_views(rows)]
         for chunk in batch.chunks:
-            of_chunk = chunk._block_ids
+            of_chunk = chunk.block_ids
             sums += [
                 self.sum_of_row(kept, of_chunk, position + 1)
                 for position in range(chunk.start, chunk.stop)
