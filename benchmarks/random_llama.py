@@ -6,7 +6,7 @@ Its text is noise, but what a step costs depends on shapes, not on what the weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, islice, product
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Final
@@ -33,6 +33,9 @@ class Shape:
     heads: int = 8
     kv_heads: int = 4
     context: int = 2048
+    logit_deviation: float = (
+        1.0  # of the logits; at 1 thousands of tokens are likely, at 6 a few dozen
+    )
 
     @property
     def num_parameters(self) -> int:
@@ -84,6 +87,7 @@ def write_random_llama(folder: Path, shape: Shape = TEN_MILLION) -> None:
                 # activations keep their size from layer to layer, so that attention and logits vary
                 deviation = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
                 parameter.normal_(std=deviation)
+        model.lm_head.weight *= shape.logit_deviation
         model.lm_head.weight[[end, *_ids_of_partial_bytes(tokenizer)]] = 0
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
@@ -98,15 +102,12 @@ def write_random_llama(folder: Path, shape: Shape = TEN_MILLION) -> None:
 
 
 def _tokenizer(size: int) -> Tokenizer:
-    """Byte-level BPE: every byte, every pair of small letters, and as many words of three letters as there is room."""
-    # the end token is the last one
+    """Byte-level BPE: every byte, small letters in twos, threes and so on as far as there is room, and END."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)]
-    words = ["".join(word) for word in product(pairs, ascii_lowercase)]
-    tokens = [*alphabet, *pairs, *words]
-    if not len(alphabet) + len(pairs) < size <= len(tokens) + 1:
-        raise ValueError(f"a vocabulary of {size} tokens cannot be made")
-    tokens = [*tokens[: size - 1], END]
+    words = (
+        "".join(word) for length in count(2) for word in product(ascii_lowercase, repeat=length)
+    )
+    tokens = [*alphabet, *islice(words, size - len(alphabet) - 1), END]
     merges = [(token[:-1], token[-1]) for token in tokens[len(alphabet) : -1]]
     model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     tokenizer = Tokenizer(model)

@@ -15,6 +15,7 @@ from benchmarks.generators import GenerationFailed, Output, Sluice
 from benchmarks.load_client import StreamFailed
 from benchmarks.recording import read_writes
 from benchmarks.report import Report
+from benchmarks.sampling import KINDS
 from benchmarks.table import Table, percentile, spread
 from benchmarks.transport import measure_bare, measure_edge, running_stack
 from inference_worker.default_model import CHECKPOINT
@@ -71,6 +72,13 @@ def test_engine_measures_every_engine(tmp_path: Path) -> None:
     for row in found:
         assert all(float(cell) > 0 for cell in row[2:6])
         assert [cell != "" for cell in row[6:]] == [row[1] != "Sluice"] * 2
+
+
+def test_sampling_measures_every_kind(tmp_path: Path) -> None:
+    flags = ("--distributions=sharp", "--weights=float32")
+    found = quick("benchmarks.sampling", tmp_path / "RESULTS.md", *flags)
+    assert [row[:3] for row in found] == [["sharp", "float32", kind] for kind in KINDS]
+    assert all(float(row[3]) > 0 for row in found)
 
 
 def test_an_answer_that_is_not_the_models_own_is_no_result() -> None:

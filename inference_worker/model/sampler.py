@@ -12,16 +12,19 @@ import torch
 from inference_worker.engine.event import Token
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.sequence import Sequence
+from inference_worker.model.candidates import draw_from_candidates
 from inference_worker.model.penalties import adjust, changes_logits
 from inference_worker.model.randomness import uniforms
 from inference_worker.model.scores import Scores
 from inference_worker.model.transfer import Download, upload
-from inference_worker.model.truncation import thresholds
+from inference_worker.model.truncation import Truncation, thresholds
+from inference_worker.model.whole_rows import draw_from_whole_rows
 
 # Least and greatest temperature that float32 can divide by; beyond them sampling is greedy or uniform anyway.
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-37, 1e37
 # Tokens whose weights are summed together before the one that is drawn is sought inside its group.
 _GROUP = 256
+_GREEDY = SamplingParams(top_k=1)
 
 
 class BadLogits(Exception):
@@ -91,12 +94,13 @@ class _Part:
         drawn = [i for i, p in enumerate(params) if p.temperature > 0]
         adjusted = adjust(logits, rows) if any(map(changes_logits, params)) else logits
         tokens = greatest(adjusted)
-        sound = adjusted.gather(1, tokens[:, None])[:, 0].isfinite()
+        peaks = adjusted.gather(1, tokens[:, None])[:, 0]
+        sound = peaks.isfinite()
         if len(drawn) == len(rows):
-            tokens = _draw(adjusted, rows)
+            tokens = _draw(adjusted, peaks, rows)
         elif drawn:
             where = upload(np.array(drawn), logits.device)
-            tokens[where] = _draw(adjusted[where], [rows[i] for i in drawn])
+            tokens[where] = _draw(adjusted, peaks, rows)[where]
         self.tokens = tokens
         # failed rows are told apart by a negative id: one transfer from the device for tokens and failures
         self._outcome = Download(tokens.masked_fill(~sound, -1))
@@ -137,28 +141,62 @@ def _failure(logits: torch.Tensor) -> Exception:
     return SamplingFailed("the sampling parameters make the logits overflow")
 
 
-def _draw(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
-    """Token ids [rows] drawn at each row's temperature above 0; a row that is not finite gets any."""
-    params = [row.request.sampling for row in rows]
-    # with the greatest score at 0 no temperature can overflow: the others go towards minus infinity
-    scores = logits - logits.amax(1, keepdim=True)
-    scores /= upload(_temperatures(params), logits.device)[:, None]
-    weights = scores.exp()
-    if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
-        least = thresholds(
-            scores,
-            weights,
-            top_k=np.array([p.top_k or logits.shape[1] for p in params]),
-            top_p=np.array([p.top_p for p in params]),
-            min_p=np.array([p.min_p for p in params]),
-        )
-        if least is not None:
-            weights.masked_fill_(scores < least, 0)
+def _draw(logits: torch.Tensor, peaks: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+    """Token ids [rows] drawn at each row's temperature; a row that is not finite gets any.
+
+    `peaks` [rows] are the greatest logits. A row at temperature 0 takes part as one of a single candidate, which costs
+    less than leaving its logits out, and its token means nothing.
+    """
+    params = [p if (p := row.request.sampling).temperature > 0 else _GREEDY for row in rows]
+    temperatures = _temperatures(params)
+    truncation = Truncation(
+        top_k=np.array([p.top_k or logits.shape[1] for p in params]),
+        top_p=np.array([p.top_p for p in params]),
+        min_p=np.array([p.min_p for p in params]),
+    )
     u = uniforms(
         [p.seed for p in params],
         [row.choice_index for row in rows],
         [row.num_drawn_tokens for row in rows],
     )
+    if logits.device.type != "cpu":
+        return draw_on_device(logits, peaks, temperatures, truncation, u)
+    return torch.from_numpy(draw_on_cpu(logits.numpy(), peaks.numpy(), temperatures, truncation, u))
+
+
+def draw_on_cpu(
+    logits: npt.NDArray[np.float32],
+    peaks: npt.NDArray[np.float32],
+    temperatures: npt.NDArray[np.float32],
+    truncation: Truncation,
+    u: npt.NDArray[np.float64],
+) -> npt.NDArray[np.int64]:
+    """Token ids [rows]. How a row is drawn follows from that row alone, so it draws the same in any batch."""
+    is_narrow = truncation.is_narrow(logits.shape[1])
+    is_certain = np.zeros(len(logits), dtype=np.bool_)
+    tokens = np.zeros(len(logits), dtype=np.int64)
+    if is_narrow.any():
+        tokens, is_certain = draw_from_candidates(logits, peaks, temperatures, truncation, u)
+    if not is_certain.all():
+        left = ~is_certain
+        tokens[left] = draw_from_whole_rows(logits, peaks, temperatures, truncation, u, left)[left]
+    return tokens
+
+
+def draw_on_device(
+    logits: torch.Tensor,
+    peaks: torch.Tensor,
+    temperatures: npt.NDArray[np.float32],
+    truncation: Truncation,
+    u: npt.NDArray[np.float64],
+) -> torch.Tensor:
+    """Token ids [rows], all rows together: see `draw_on_cpu`."""
+    # with the greatest score at 0 no temperature can overflow: the others go towards minus infinity
+    scores = logits - peaks[:, None]
+    scores /= upload(temperatures, logits.device)[:, None]
+    weights = scores.exp()
+    if (least := thresholds(scores, weights, truncation)) is not None:
+        weights.masked_fill_(scores < least, 0)
     return invert(weights, upload(u, logits.device))
 
 

@@ -23,8 +23,10 @@ from inference_worker.engine.event import Token
 from inference_worker.engine.request import OutputParams, SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model import sampler
+from inference_worker.model.candidates import draw_from_candidates
 from inference_worker.model.randomness import uniforms
 from inference_worker.model.sampler import BadLogits, SamplingFailed, sample
+from inference_worker.model.truncation import Truncation
 from tests.worker.model.driver import new_sequence
 
 VOCABULARY = 700  # more than two groups of the inverse CDF, and no multiple of one
@@ -137,6 +139,77 @@ def test_draws_what_the_plain_formulas_draw(fields: dict[str, Any]) -> None:
     # float32 against float64 may move a boundary across a number, but hardly ever
     assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= 1
     assert all(weights[token_id] > 0 for token_id in drawn)
+
+
+LARGE = 32_000
+LARGE_KINDS: dict[str, dict[str, Any]] = {
+    **{name: PARAMETERS[name] for name in ("plain", "top-k", "top-p", "min-p", "all three")},
+    "top-k of many": {"top_k": 3000, "top_p": 0.9},
+    "top-p and min-p": {"top_p": 0.97, "min_p": 0.01},
+    "min-p of many": {"min_p": 1e-6},
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["flat", "sharp"])
+@pytest.mark.parametrize("fields", LARGE_KINDS.values(), ids=LARGE_KINDS.keys())
+def test_a_large_vocabulary_draws_what_the_plain_formulas_draw(
+    fields: dict[str, Any], scale: float
+) -> None:
+    count = 40
+    logits = logits_of(1, seed=5, scale=scale, vocabulary=LARGE)
+    logits[0, 7::50] = -math.inf  # forbidden, as by a grammar
+    sequences = sequences_of(fields, count)
+    weights = reference_weights(logits[0], sequences[0])
+    expected = [reference_draw(weights, sequence) for sequence in sequences]
+    drawn = token_ids(sample(logits.expand(count, -1), sequences))
+    assert sum(a != b for a, b in zip(drawn, expected, strict=True)) <= 1
+    assert all(weights[token_id] > 0 for token_id in drawn)
+
+
+def test_rows_of_a_large_vocabulary_draw_alone_as_in_a_batch() -> None:
+    kinds = [*LARGE_KINDS.values(), {"temperature": 0.0}]
+    sequences = [
+        new_sequence(PROMPT, SamplingParams(seed=i, **kinds[i % len(kinds)])) for i in range(36)
+    ]
+    logits = logits_of(len(sequences), seed=6, vocabulary=LARGE)
+    logits[::2] *= torch.linspace(0.2, 3.0, 18)[:, None]
+    logits[1::4] = logits[1::4].round()  # ties
+    logits[3::4, 20:] = -math.inf
+    together = token_ids(sample(logits, sequences))
+    assert together == [one(row, s).token_id for row, s in zip(logits, sequences, strict=True)]
+
+
+def test_candidates_are_certain_where_few_survive_and_left_open_where_many_do() -> None:
+    sharp, flat = (logits_of(1, seed=5, scale=x, vocabulary=LARGE).numpy() for x in (6.0, 0.5))
+    equal = np.zeros((1, LARGE), dtype=np.float32)
+    rows = np.concatenate([sharp, sharp, sharp, sharp, flat, flat, flat, equal])
+    truncation = Truncation(
+        top_k=np.array([40, LARGE, LARGE, LARGE, 40, LARGE, LARGE, 40]),
+        top_p=np.array([1.0, 0.95, 1.0, 1.0, 1.0, 0.95, 1.0, 1.0]),
+        min_p=np.array([0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.05, 0.0]),
+    )
+    ones = np.ones(len(rows), dtype=np.float32)
+    u = np.full(len(rows), 0.5)
+    _ids, is_certain = draw_from_candidates(rows, rows.max(1), ones, truncation, u)
+    assert is_certain.tolist() == [True, True, True, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("vocabulary", [700, 5000])
+def test_a_gpu_would_draw_what_a_cpu_draws(vocabulary: int) -> None:
+    kinds = [fields for fields in PARAMETERS.values() if not {"logit_bias"} & fields.keys()]
+    params = [SamplingParams(**fields) for fields in kinds * 8]
+    logits = logits_of(len(params), seed=8, vocabulary=vocabulary)
+    truncation = Truncation(
+        top_k=np.array([p.top_k or vocabulary for p in params]),
+        top_p=np.array([p.top_p for p in params]),
+        min_p=np.array([p.min_p for p in params]),
+    )
+    temperatures = np.array([p.temperature for p in params], dtype=np.float32)
+    u = uniforms(range(len(params)), [0] * len(params), [0] * len(params))
+    peaks = logits.amax(1)
+    there = sampler.draw_on_device(logits, peaks, temperatures, truncation, u).tolist()
+    here = sampler.draw_on_cpu(logits.numpy(), peaks.numpy(), temperatures, truncation, u)
+    assert sum(a != b for a, b in zip(there, here.tolist(), strict=True)) <= 1
 
 
 @pytest.mark.parametrize("name", ["plain", "top-p", "all three", "everything"])
