@@ -37,9 +37,7 @@ class GenerateEndpoint:
         self._refuse = refuse
         self._worker = worker
         self._drain = drain
-        self._limits = PromptLimits(
-            settings.max_body_bytes, settings.max_json_depth, settings.max_prompts
-        )
+        self._limits = PromptLimits.of(settings)
         self._timing = StreamTiming(
             settings.heartbeat_seconds,
             settings.first_message_seconds,

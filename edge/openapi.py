@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from edge.response_schema import Error
 from edge.routes import Operation
+from edge.version import version_of_sluice
 
 _REF = "#/components/schemas/{model}"
 _PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
@@ -55,19 +55,12 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "Sluice",
-            "version": _version(),
+            "version": version_of_sluice(),
             "description": "Streams a language model's tokens as server-sent events.",
         },
         "paths": paths,
         "components": {"schemas": _schemas(operations)},
     }
-
-
-def _version() -> str:
-    try:
-        return version("sluice")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -165,7 +158,7 @@ def _event_stream(operation: Operation) -> dict[str, Any]:
     events = operation.events
     models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), operation.error]))
     names = ", ".join(f"`{name}`: {model.__name__}" for name, model in events.items() if name)
-    told = f"Typed events, each with an id: {names}." if names else "Ends with `data: [DONE]`."
+    told = f"Typed events, each with an id: {names}." if names else operation.last_event
     return {
         "schema": {
             "type": "string",

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from edge import response_schema as shape
-from edge.dialects import native, openai_chat, openai_completions
+from edge.dialects import native, openai_chat, openai_completions, tgi, tgi_schema
 from edge.dialects.dialect import ParsedRequest, PromptLimits
+from edge.dialects.tgi_endpoints import TgiEndpoints
 from edge.drain import Drain
 from edge.error_response import Refuse, error_response
 from edge.generate_endpoint import GenerateEndpoint, Parse
@@ -21,6 +22,15 @@ from edge.worker_client import WorkerClient
 
 # Every status that a generation may be refused with before its 200.
 GENERATE_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 499, 500, 503, 504)
+
+
+BodyParse: TypeAlias = Callable[[dict[str, Any], PromptLimits], ParsedRequest]
+
+
+class Generate(Protocol):
+    """Makes the endpoint of a dialect."""
+
+    def __call__(self, parse: Parse, refuse: Refuse = ...) -> GenerateEndpoint: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Operation:
     # Data of the server-sent events, by event name; "" where events have none.
     events: dict[str, type[BaseModel]] = field(default_factory=dict)
     other_answers: dict[int, str] = field(default_factory=dict)
+    # How a stream of events without names ends.
+    last_event: str = "Ends with `data: [DONE]`."
     # The body of every failure.
     error: type[BaseModel] = shape.Error
 
@@ -88,6 +100,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
             (404, 500, 503, 504),
         ),
         *_native_operations(generate, info),
+        *_tgi_operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
         Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
         Operation(
             "GET",
@@ -101,9 +114,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
     ]
 
 
-def _native_operations(
-    generate: Callable[[Parse], GenerateEndpoint], info: InfoEndpoints
-) -> list[Operation]:
+def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operation]:
     events: dict[str, type[BaseModel]] = {
         "started": shape.StreamStarted,
         "delta": shape.StreamDelta,
@@ -146,7 +157,72 @@ def _native_operations(
     ]
 
 
-def _from_body(parse: Callable[[dict[str, Any], PromptLimits], ParsedRequest]) -> Parse:
+def _tgi_operations(generate: Generate, info: TgiEndpoints) -> list[Operation]:
+    def generation(
+        path: str, parse: BodyParse, summary: str, body: type[BaseModel], **more: Any
+    ) -> Operation:
+        endpoint = generate(_from_body(parse), tgi.refuse)
+        answer = more.pop("answer", None)
+        return Operation(
+            "POST",
+            path,
+            endpoint,
+            summary,
+            answer,
+            GENERATE_ERRORS,
+            body=body,
+            last_event="The last one has the whole text.",
+            error=tgi_schema.TgiError,
+            **more,
+        )
+
+    events = {"": tgi_schema.TgiStreamEvent}
+    return [
+        generation(
+            "/generate",
+            tgi.parse_generate,
+            "Continues a text, as TGI does.",
+            tgi_schema.TgiGenerateRequest,
+            answer=tgi_schema.TgiGeneration,
+        ),
+        generation(
+            "/generate_stream",
+            tgi.parse_stream,
+            "Streams the continuation of a text, as TGI does.",
+            tgi_schema.TgiGenerateRequest,
+            events=events,
+        ),
+        generation(
+            "/",
+            tgi.parse,
+            "Continues a text, streamed or not, as TGI does.",
+            tgi_schema.TgiRequest,
+            answer=tgi_schema.TgiGenerations,
+            events=events,
+        ),
+        Operation(
+            "GET",
+            "/info",
+            info.info,
+            "Describes the served model, as TGI does.",
+            tgi_schema.TgiInfo,
+            (500, 503, 504),
+            error=tgi_schema.TgiError,
+        ),
+        Operation(
+            "POST",
+            "/tokenize",
+            info.tokenize,
+            "Gives the tokens of a text, as TGI does.",
+            tgi_schema.TgiInputTokens,
+            (400, 408, 413, 415, 429, 431, 500, 503, 504),
+            body=tgi_schema.TgiTokenizeRequest,
+            error=tgi_schema.TgiError,
+        ),
+    ]
+
+
+def _from_body(parse: BodyParse) -> Parse:
     async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
         return parse(await read_object(request, limits), limits)
 

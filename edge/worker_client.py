@@ -112,6 +112,11 @@ class WorkerClient:
         )
         return response
 
+    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        """Turns a prompt into token ids."""
+        response: pb.TokenizeResponse = await self._ask(self._stub.Tokenize, request)
+        return response
+
     async def _ask(self, method: Any, request: Any) -> Any:
         await self.require_serving()
         call = method(request, timeout=self._settings.connect_timeout_seconds)

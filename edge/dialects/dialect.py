@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeAlias
 
 from edge.errors import EdgeError
+from edge.settings import EdgeSettings
 from protos.sluice.v1 import generation_pb2 as pb
 
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
@@ -58,6 +59,11 @@ class PromptLimits:
     max_body_bytes: int
     max_json_depth: int
     max_prompts: int
+
+    @classmethod
+    def of(cls, settings: EdgeSettings) -> "PromptLimits":
+        """Those that are set."""
+        return cls(settings.max_body_bytes, settings.max_json_depth, settings.max_prompts)
 
 
 @dataclass(frozen=True)

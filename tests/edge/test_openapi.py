@@ -55,11 +55,9 @@ async def test_every_route_is_in_it(document: dict[str, Any]) -> None:
     }
     assert len(served) == len(app.routes)
     assert {(method, path) for method, path, _ in operations(document)} == served
-    pages = {getattr(route, "path", "") for route in create_app(EdgeSettings(), Drain()).routes}
-    assert pages - {route.path for route in app.routes if isinstance(route, Route)} == {
-        "/",
-        "/static",
-    }
+    whole = create_app(EdgeSettings(), Drain())
+    pages = [getattr(route, "path", "") for route in whole.routes[len(app.routes) :]]
+    assert pages == ["/", "/static"]
     ids = [operation["operationId"] for _, _, operation in operations(document)]
     assert len(set(ids)) == len(ids)
 
