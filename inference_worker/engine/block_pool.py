@@ -104,6 +104,13 @@ class BlockPool:
             block_hash = self._hash_of_block[block]
             if block_hash is not None and self._block_of_hash.get(block_hash) != block:
                 raise AssertionError(f"block {block}: its prefix is indexed elsewhere")
+        num_indexed = sum(block_hash is not None for block_hash in self._hash_of_block)
+        if num_indexed != len(self._block_of_hash):
+            raise AssertionError(
+                f"{len(self._block_of_hash)} prefixes are indexed, {num_indexed} blocks hold one"
+            )
+        if lost := held.keys() - set(range(self.num_blocks)):
+            raise AssertionError(f"blocks {sorted(lost)} do not exist")
 
     def _take(self, block: int) -> int:
         if not self._holders[block]:

@@ -25,10 +25,14 @@ from inference_worker.engine.event import (
 )
 from inference_worker.engine.live_request import LiveRequest
 from inference_worker.engine.request import Request
-from inference_worker.engine.runner import Row, RowOutput, Runner
+from inference_worker.engine.runner import OutOfMemory, Row, RowOutput, Runner
 from inference_worker.engine.scheduler import Scheduler
 from inference_worker.engine.sequence import Sequence
 from inference_worker.engine.steps import Steps
+
+# How often a sequence may find no memory for a step of its own: a chunk of 512 tokens is halved to one of 1 meanwhile,
+# and a single token tried some times more.
+MAX_REFUSALS = 16
 
 
 class NewDetokenizer(Protocol):
@@ -181,6 +185,9 @@ class Engine:
             live = self._live.get(row.sequence.request.key)
             if live is None:  # failed by a sibling in this very step
                 continue
+            if isinstance(output.error, OutOfMemory):
+                self._retry_smaller(live, row)
+                continue
             if output.error is not None:
                 self._fail(live, output.error)
                 continue
@@ -311,6 +318,19 @@ class Engine:
             footer = replace(footer, usage=live.usage(), timings=live.timings())
             del self._live[live.request.key]
         self._emit(live, footer)
+
+    def _retry_smaller(self, live: LiveRequest, row: Row) -> None:
+        """The device lacks memory for this row even alone: let it wait, and take half of it next time.
+
+        A row that is refused too often ends its request, with what it has, as one that could not come back.
+        """
+        sequence = row.sequence
+        sequence.num_times_refused += 1
+        sequence.most_tokens_of_step = max(1, row.num_tokens // 2)
+        if sequence.num_times_refused >= MAX_REFUSALS:
+            self.cancel(live.request, FinishReason.PREEMPTED)
+        else:
+            self._scheduler.preempt(sequence)
 
     def _finish_impossible(self) -> None:
         """Nothing runs and the first in the queue does not fit an empty cache: it cannot go on."""

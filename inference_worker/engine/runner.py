@@ -46,7 +46,9 @@ class RowOutput:
 
 
 class OutOfMemory(Exception):
-    """The device could not allocate what a step needs; the engine runs its rows in smaller steps."""
+    """The device could not allocate what a step needs; the engine runs its rows in smaller steps, a bounded number of
+    times, and ends what finds no memory even alone with PREEMPTED.
+    """
 
 
 class DeviceLost(Exception):

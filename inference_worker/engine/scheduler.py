@@ -78,11 +78,11 @@ class Scheduler:
                 break
             if sequence.state is not State.RUNNING:  # preempted for an older one just now
                 continue
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            num_tokens = min(sequence.num_uncomputed_tokens, sequence.most_tokens_of_step, budget)
             while not self._pool.reserve(sequence, sequence.num_computed_tokens + num_tokens):
                 victim = self.running[-1]
                 budget += rows.pop(victim, 0)
-                self._preempt(victim)
+                self.preempt(victim)
                 if victim is sequence:
                     break
             else:
@@ -103,10 +103,13 @@ class Scheduler:
             self._pool.reserve(sequence, len(sequence.token_ids))
             self.running.append(sequence)
             sequence.state = State.RUNNING
-            rows[sequence] = min(sequence.num_uncomputed_tokens, budget)
+            rows[sequence] = min(
+                sequence.num_uncomputed_tokens, sequence.most_tokens_of_step, budget
+            )
             budget -= rows[sequence]
 
-    def _preempt(self, victim: Sequence) -> None:
+    def preempt(self, victim: Sequence) -> None:
+        """Take a running sequence's blocks back, and put it at the head of the queue. It must not be in flight."""
         self.running.remove(victim)
         self._pool.release(victim)
         victim.state = State.WAITING

@@ -34,6 +34,8 @@ class Sequence:
     max_tokens: int  # prompt and completion, at which the sequence ends
     is_leader: bool = True  # the first choice to run: it computes the prompt for the others
     num_echoed: int = 0  # prompt tokens that the reader has, if the request echoes its prompt
+    most_tokens_of_step: int = 2**31  # less once the device lacked memory for a step of more
+    num_times_refused: int = 0  # by a device that lacked memory for a step of this sequence alone
     has_drawn: bool = False  # whether this engine drew a token for it
     cache_salt: bytes = b""  # only sequences of the same salt share blocks
     state: State = State.WAITING

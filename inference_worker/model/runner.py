@@ -259,6 +259,10 @@ def _use(device: torch.device) -> Iterator[None]:
         raise DeviceLost(str(error)) from error
     except RuntimeError as error:
         if is_out_of_memory(error):
+            if (
+                device.type == "cuda"
+            ):  # what torch keeps in pieces of the wrong size may do for the retry
+                torch.cuda.empty_cache()
             raise OutOfMemory(str(error)) from error
         raise
 

@@ -100,12 +100,16 @@ class HashRunner(SynchronousRunner):
             state = key_value(state, token_id, position)
             self.memory[self._slot(queued, position)] = state
         self.num_computed += row.num_tokens
+        scores: tuple[Token, ...] = ()
+        if sequence.request.output.prompt_logprobs:
+            prompt = sequence.request.prompt
+            scores = tuple(map(Token, prompt[row.start + 1 : min(row.stop + 1, len(prompt))]))
         if not row.is_whole:
-            return RowOutput()
+            return RowOutput(prompt_logprobs=scores)
         last = self._read(queued, row.stop - 1)
         token_id = next_token(last, sequence.request.sampling.seed, sequence.choice_index)
         self._latest[sequence] = token_id
-        return RowOutput(Token(token_id))
+        return RowOutput(Token(token_id), scores)
 
     def _read(self, queued: QueuedRow, position: int) -> int:
         value = self.memory[self._slot(queued, position)]

@@ -443,3 +443,57 @@ def test_out_of_memory_is_retried_with_smaller_batches() -> None:
     events = run(engine)
     for i in range(4):
         assert completion(events[f"r{i}"]) == reference_completion([i, 1, 2], 5)
+
+
+class Cramped(HashRunner):
+    """A device without memory for steps of more than some tokens, or for a request at all."""
+
+    def __init__(self, most_tokens: int, never: str = "", only_times: int = 2**31) -> None:
+        super().__init__(64, 4, before_row=self.check_memory)
+        self.most_tokens = most_tokens
+        self.never = never
+        self.times_left = only_times
+
+    def check_memory(self, row: Row) -> None:
+        is_refused = (
+            row.num_tokens > self.most_tokens or row.sequence.request.request_id == self.never
+        )
+        if is_refused and self.times_left:
+            self.times_left -= 1
+            raise OutOfMemory
+
+
+@pytest.mark.usefixtures("runs_ahead")
+def test_a_chunk_too_large_for_the_device_is_cut() -> None:
+    engine = make_engine(Cramped(most_tokens=3))
+    for i in range(3):
+        engine.add(make_request(f"r{i}", range(i, i + 15), 6, n=2))
+    events = run(engine)
+    for i in range(3):
+        for choice_index in range(2):
+            assert completion(events[f"r{i}"], choice_index) == reference_completion(
+                range(i, i + 15), 6, choice_index=choice_index
+            )
+        assert {footer.reason for footer in footers(events[f"r{i}"])} == {FinishReason.LENGTH}
+    assert_idle(engine)
+
+
+@pytest.mark.usefixtures("runs_ahead")
+def test_memory_that_comes_back_in_time_costs_nothing_but_time() -> None:
+    engine = make_engine(Cramped(most_tokens=99, never="a", only_times=10))
+    engine.add(make_request("a", [1, 2, 3], 6))
+    assert completion(run(engine)["a"]) == reference_completion([1, 2, 3], 6)
+    assert engine.load().preemptions > 0
+    assert_idle(engine)
+
+
+@pytest.mark.usefixtures("runs_ahead")
+def test_a_request_that_finds_no_memory_ends_preempted_and_alone() -> None:
+    engine = make_engine(Cramped(most_tokens=99, never="a"))
+    engine.add(make_request("a", [1, 2, 3], 6, n=2))
+    engine.add(make_request("b", [4, 5], 6))
+    events = run(engine)
+    assert [footer.reason for footer in footers(events["a"])] == [FinishReason.PREEMPTED] * 2
+    assert footers(events["a"])[-1].usage is not None
+    assert completion(events["b"]) == reference_completion([4, 5], 6)
+    assert_idle(engine)
