@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from tokenizers import Tokenizer
 
-from inference_worker.default_model.corpus import Sample, compose
+from inference_worker.default_model.corpus import Sample
 from inference_worker.default_model.train_tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -54,13 +54,14 @@ class Encoder:
 
     def __call__(self, sample: Sample) -> Encoded:
         """The sample's ids, cut to ``MAX_TOKENS``."""
-        if not sample.turns:
+        if not (sample.turns or sample.messages):
             prompt = self._text(sample.prompt)
             completion = [*self._text(sample.completion), self._stop]
             return Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion))
         messages = [self._message("system", sample.system)] if sample.system else []
         for question, answer in sample.turns:
             messages += [self._message("user", question), self._message("assistant", answer)]
+        messages += [self._message(role, content) for role, content in sample.messages]
         ids = [i for message in messages for i in message.ids]
         learned = [flag for message in messages for flag in message.learned]
         return Encoded(ids[:MAX_TOKENS], learned[:MAX_TOKENS])
@@ -79,11 +80,15 @@ class Encoder:
 
 
 def batches(
-    tokenizer: Tokenizer, seed: int, tokens_per_batch: int, drills: int
+    tokenizer: Tokenizer,
+    stream: Iterator[Sample],
+    seed: int,
+    tokens_per_batch: int,
+    drills: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches ``(ids, labels)`` of samples of similar length, in random order."""
     encoder = Encoder(tokenizer)
-    samples = enumerate(compose(seed, drills))
+    samples = enumerate(stream)
     rng = Random(seed)
     while True:
         pool: list[Encoded] = []

@@ -44,7 +44,7 @@ _PLAIN_SHARE: Final = 0.06
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One training example: a dialog, or plain text where ``turns`` is empty.
+    """One training example: a dialog of turns, or of messages (role, content), or else plain text.
 
     A plain sample reads ``prompt + completion``; the model learns to write the completion.
     """
@@ -53,6 +53,7 @@ class Sample:
     system: str | None = None
     prompt: str = ""
     completion: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def vary(rng: Random, question: str) -> str:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from inference_worker.default_model.batches import IGNORED, batches
 from inference_worker.default_model.card import Figures, card
 from inference_worker.default_model.optimizer import Muon
 from inference_worker.default_model.pinned import Pinned, computed, failures, pinned
+from inference_worker.default_model.tools import compose_with_tools
 from inference_worker.default_model.train_tokenizer import (
     CHAT_TEMPLATE,
     END_OF_TEXT,
@@ -35,6 +37,8 @@ from inference_worker.default_model.train_tokenizer import (
 )
 
 STEPS: Final = 2400
+TOOL_STEPS: Final = 700
+TOOL_RATE: Final = 0.35  # share of the first stage's peak
 TOKENS_PER_BATCH: Final = 2048
 DRILLS: Final = 15_000
 MATRIX_RATE: Final = 0.02
@@ -94,13 +98,15 @@ def optimizers(model: Any) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: Any, tokenizer: Tokenizer, steps: int) -> tuple[int, float]:
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def train(model: Any, stream: Batches, steps: int, peak_share: float = 1.0) -> tuple[int, float]:
     """Trains in place; returns the tokens seen and the mean of the last losses."""
     pair = optimizers(model)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in pair]
+    peaks = [peak_share * optimizer.param_groups[0]["lr"] for optimizer in pair]
     losses: deque[float] = deque(maxlen=REPORT_EVERY)
     started, tokens = time.monotonic(), 0
-    stream = batches(tokenizer, corpus.SEED, TOKENS_PER_BATCH, DRILLS)
     for step, (ids, labels) in enumerate(islice(stream, steps)):
         for optimizer, peak in zip(pair, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate(step, steps)
@@ -118,6 +124,17 @@ def train(model: Any, tokenizer: Tokenizer, steps: int) -> tuple[int, float]:
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
             report(step + 1, steps, time.monotonic() - started, sum(losses) / len(losses))
     return tokens, sum(losses) / len(losses)
+
+
+def first_stage(tokenizer: Tokenizer) -> Batches:
+    """Everything but tools."""
+    samples = corpus.compose(corpus.SEED, DRILLS)
+    return batches(tokenizer, samples, corpus.SEED, TOKENS_PER_BATCH, DRILLS)
+
+
+def second_stage(tokenizer: Tokenizer) -> Batches:
+    """Tools, among what was learned before."""
+    return batches(tokenizer, compose_with_tools(), corpus.SEED, TOKENS_PER_BATCH)
 
 
 def report(done: int, steps: int, seconds: float, loss: float) -> None:
@@ -151,14 +168,25 @@ def main() -> int:
     """Trains, saves and checks; the exit status is 1 where a pinned answer is wrong."""
     parser = argparse.ArgumentParser(description="Makes the default model from scratch.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the first stage")
+    parser.add_argument("--tool-steps", type=int, default=TOOL_STEPS, help="steps of the second")
+    parser.add_argument(
+        "--first-stage", type=Path, help="checkpoint of the first stage to go on from"
+    )
     parser.add_argument("--no-check", action="store_true", help="skip the pinned answers")
     options = parser.parse_args()
     started = time.monotonic()
     make_deterministic()
     tokenizer = train_tokenizer()
-    model = build_model(tokenizer)
-    tokens, loss = train(model, tokenizer, options.steps)
+    if options.first_stage is None:
+        model = build_model(tokenizer)
+        tokens, loss = train(model, first_stage(tokenizer), options.steps)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.first_stage, dtype=torch.float32)
+        tokens = loss = 0
+    if options.tool_steps:
+        more, loss = train(model, second_stage(tokenizer), options.tool_steps, TOOL_RATE)
+        tokens += more
     save(model, tokenizer, options.out)
     seconds = time.monotonic() - started
     checked, wrong = (0, []) if options.no_check else check(options.out)

@@ -29,16 +29,41 @@ _PATTERN: Final = (
 _PRINTABLE: Final = ["\n", "\t", *map(chr, range(32, 127))]
 
 CHAT_TEMPLATE: Final = """\
-{%- for message in messages -%}
-{%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
-{{- '<|im_start|>' + role + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- elif message['content'] -%}
-{%- for part in message['content'] if part is mapping and part['text'] is string -%}
+{%- macro text(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- elif content -%}
+{%- for part in content if part is mapping and part['text'] is string -%}
 {{- part['text'] -}}
 {%- endfor -%}
 {%- endif -%}
+{%- endmacro -%}
+{%- set dialog = messages -%}
+{%- if tools -%}
+{{- '<|im_start|>system\\n' -}}
+{%- if dialog and dialog[0]['role'] in ('system', 'developer') -%}
+{{- text(dialog[0]['content']) + '\\n\\n' -}}
+{%- set dialog = dialog[1:] -%}
+{%- endif -%}
+{{- 'Tools: ' -}}
+{%- for tool in tools -%}
+{%- set function = tool['function'] if tool['function'] else tool -%}
+{%- set parameters = (function['parameters'] or {})['properties'] or {} -%}
+{{- function['name'] + '(' + parameters | join(', ') + ')' -}}
+{{- '' if loop.last else ', ' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in dialog -%}
+{%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
+{{- '<|im_start|>' + role + '\\n' + text(message['content']) -}}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set function = call['function'] if call['function'] else call -%}
+{%- set given = function['arguments'] -%}
+{{- '\\n' if message['content'] or not loop.first else '' -}}
+{{- '<tool_call>\\n{"name": ' + function['name'] | tojson + ', "arguments": ' -}}
+{{- (given if given is string else given | tojson) + '}\\n</tool_call>' -}}
+{%- endfor -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

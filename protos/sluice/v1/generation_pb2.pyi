@@ -29,6 +29,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _ToolChoiceMode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ToolChoiceModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ToolChoiceMode.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    TOOL_CHOICE_MODE_UNSPECIFIED: _ToolChoiceMode.ValueType  # 0
+    """AUTO."""
+    TOOL_CHOICE_MODE_AUTO: _ToolChoiceMode.ValueType  # 1
+    """The model decides."""
+    TOOL_CHOICE_MODE_NONE: _ToolChoiceMode.ValueType  # 2
+    """It is not told of any."""
+    TOOL_CHOICE_MODE_REQUIRED: _ToolChoiceMode.ValueType  # 3
+    """Its output is nothing but calls, which match the functions' schemas: a constraint sees to it."""
+
+class ToolChoiceMode(_ToolChoiceMode, metaclass=_ToolChoiceModeEnumTypeWrapper):
+    """How free the model is to call functions."""
+
+TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoiceMode.ValueType  # 0
+"""AUTO."""
+TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.ValueType  # 1
+"""The model decides."""
+TOOL_CHOICE_MODE_NONE: ToolChoiceMode.ValueType  # 2
+"""It is not told of any."""
+TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.ValueType  # 3
+"""Its output is nothing but calls, which match the functions' schemas: a constraint sees to it."""
+Global___ToolChoiceMode: typing_extensions.TypeAlias = ToolChoiceMode
+
 class _FinishReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -54,7 +82,7 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_SLOW_READER: _FinishReason.ValueType  # 8
     """Not sent yet: a call that its caller does not read ends ABORTED."""
     FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 9
-    """Not sent yet: a request with tools is UNIMPLEMENTED."""
+    """The model ended its output, in which it called functions."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a choice ended."""
@@ -78,7 +106,7 @@ FINISH_REASON_PREEMPTED: FinishReason.ValueType  # 7
 FINISH_REASON_SLOW_READER: FinishReason.ValueType  # 8
 """Not sent yet: a call that its caller does not read ends ABORTED."""
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 9
-"""Not sent yet: a request with tools is UNIMPLEMENTED."""
+"""The model ended its output, in which it called functions."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
 
 class _AbortOutcome:
@@ -261,17 +289,27 @@ class Chat(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     TOOLS_FIELD_NUMBER: builtins.int
     TEMPLATE_ARGUMENTS_FIELD_NUMBER: builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: builtins.int
+    PARALLEL_TOOL_CALLS_FIELD_NUMBER: builtins.int
+    parallel_tool_calls: builtins.bool
+    """False: at most one call. Only with tools. Default: true."""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """In order, oldest first. 1 to 10000."""
 
     @property
     def tools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Tool]:
-        """Functions that the model may call. Not supported yet: UNIMPLEMENTED."""
+        """Functions that the model may call, at most 128, if its chat template knows tools. A call in the model's output comes
+        in Delta.tool_calls and not in its text.
+        """
 
     @property
     def template_arguments(self) -> google.protobuf.struct_pb2.Struct:
-        """Extra variables for the chat template. Not supported yet: UNIMPLEMENTED."""
+        """Extra variables for the chat template, such as enable_thinking. Not messages, tools or special tokens."""
+
+    @property
+    def tool_choice(self) -> Global___ToolChoice:
+        """Whether the model may, must not or has to call a function. Only with tools."""
 
     def __init__(
         self,
@@ -279,11 +317,38 @@ class Chat(google.protobuf.message.Message):
         messages: collections.abc.Iterable[Global___ChatMessage] | None = ...,
         tools: collections.abc.Iterable[Global___Tool] | None = ...,
         template_arguments: google.protobuf.struct_pb2.Struct | None = ...,
+        tool_choice: Global___ToolChoice | None = ...,
+        parallel_tool_calls: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["template_arguments", b"template_arguments"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["messages", b"messages", "template_arguments", b"template_arguments", "tools", b"tools"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "parallel_tool_calls", b"parallel_tool_calls", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice", "tools", b"tools"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]) -> typing.Literal["parallel_tool_calls"] | None: ...
 
 Global___Chat: typing_extensions.TypeAlias = Chat
+
+@typing.final
+class ToolChoice(google.protobuf.message.Message):
+    """Which functions the model may call."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    mode: Global___ToolChoiceMode.ValueType
+    """Default: AUTO."""
+    name: builtins.str
+    """With REQUIRED: the function that is to be called."""
+    def __init__(
+        self,
+        *,
+        mode: Global___ToolChoiceMode.ValueType = ...,
+        name: builtins.str | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_name", b"_name", "name", b"name"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_name", b"_name", "mode", b"mode", "name", b"name"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
+
+Global___ToolChoice: typing_extensions.TypeAlias = ToolChoice
 
 @typing.final
 class ChatMessage(google.protobuf.message.Message):
@@ -294,24 +359,69 @@ class ChatMessage(google.protobuf.message.Message):
     ROLE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: builtins.int
+    REASONING_FIELD_NUMBER: builtins.int
     role: builtins.str
     """Who speaks, as the chat template knows it: usually system, user, assistant or tool. Required."""
     content: builtins.str
     """What is said."""
     name: builtins.str
     """Distinguishes speakers of one role, where the template uses it."""
+    tool_call_id: builtins.str
+    """Of a tool's message: the call that it answers."""
+    reasoning: builtins.str
+    """An assistant's reasoning before this message, for templates that show it to the model again."""
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """An assistant's calls of functions."""
+
     def __init__(
         self,
         *,
         role: builtins.str = ...,
         content: builtins.str = ...,
         name: builtins.str | None = ...,
+        tool_calls: collections.abc.Iterable[Global___ToolCall] | None = ...,
+        tool_call_id: builtins.str | None = ...,
+        reasoning: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_name", b"_name", "name", b"name"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_name", b"_name", "content", b"content", "name", b"name", "role", b"role"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_name", b"_name", "_reasoning", b"_reasoning", "_tool_call_id", b"_tool_call_id", "name", b"name", "reasoning", b"reasoning", "tool_call_id", b"tool_call_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_name", b"_name", "_reasoning", b"_reasoning", "_tool_call_id", b"_tool_call_id", "content", b"content", "name", b"name", "reasoning", b"reasoning", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_reasoning", b"_reasoning"]) -> typing.Literal["reasoning"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tool_call_id", b"_tool_call_id"]) -> typing.Literal["tool_call_id"] | None: ...
 
 Global___ChatMessage: typing_extensions.TypeAlias = ChatMessage
+
+@typing.final
+class ToolCall(google.protobuf.message.Message):
+    """A call of a function, as it stands in a conversation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ARGUMENTS_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Its id."""
+    name: builtins.str
+    """Name of the function. Required."""
+    arguments: builtins.str
+    """Its arguments: a JSON object, as JSON text."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        arguments: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]) -> None: ...
+
+Global___ToolCall: typing_extensions.TypeAlias = ToolCall
 
 @typing.final
 class Tool(google.protobuf.message.Message):
@@ -323,23 +433,24 @@ class Tool(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Name of the function."""
+    """Name of the function: 1 to 128 characters of [A-Za-z0-9_.-]. Required."""
     description: builtins.str
     """What it does, for the model to read."""
-    @property
-    def parameters(self) -> google.protobuf.struct_pb2.Struct:
-        """JSON schema of its arguments."""
-
+    parameters: builtins.str
+    """JSON schema of its arguments, as JSON text: an object's. Default: no arguments."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         description: builtins.str | None = ...,
-        parameters: google.protobuf.struct_pb2.Struct | None = ...,
+        parameters: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_description", b"_description", "description", b"description", "parameters", b"parameters"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_description", b"_description", "description", b"description", "name", b"name", "parameters", b"parameters"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_description", b"_description", "_parameters", b"_parameters", "description", b"description", "parameters", b"parameters"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_description", b"_description", "_parameters", b"_parameters", "description", b"description", "name", b"name", "parameters", b"parameters"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_description", b"_description"]) -> typing.Literal["description"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_parameters", b"_parameters"]) -> typing.Literal["parameters"] | None: ...
 
 Global___Tool: typing_extensions.TypeAlias = Tool
 
@@ -770,6 +881,8 @@ class Delta(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     TOKEN_COUNT_FIELD_NUMBER: builtins.int
     IS_PROMPT_FIELD_NUMBER: builtins.int
+    REASONING_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
     """Which choice, from 0."""
     text: builtins.str
@@ -780,6 +893,8 @@ class Delta(google.protobuf.message.Message):
     """Number of tokens that became certain with this delta."""
     is_prompt: builtins.bool
     """True for the delta that echoes the prompt."""
+    reasoning: builtins.str
+    """More of the model's reasoning, which precedes its answer; for chats, where the model marks it. Comes before text."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ids of the tokens that became certain, if output.token_ids asked for them. Stop tokens are not among them."""
@@ -787,6 +902,10 @@ class Delta(google.protobuf.message.Message):
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """One for each token that became certain, if output.logprobs asked for them."""
+
+    @property
+    def tool_calls(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]:
+        """More of the calls of functions. They come after text."""
 
     def __init__(
         self,
@@ -797,10 +916,47 @@ class Delta(google.protobuf.message.Message):
         logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
         token_count: builtins.int = ...,
         is_prompt: builtins.bool = ...,
+        reasoning: builtins.str = ...,
+        tool_calls: collections.abc.Iterable[Global___ToolCallDelta] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "is_prompt", b"is_prompt", "logprobs", b"logprobs", "text", b"text", "token_count", b"token_count", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "is_prompt", b"is_prompt", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_count", b"token_count", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]) -> None: ...
 
 Global___Delta: typing_extensions.TypeAlias = Delta
+
+@typing.final
+class ToolCallDelta(google.protobuf.message.Message):
+    """More of one call of a function."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    ARGUMENTS_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which call of the choice, from 0. Calls come one after the other."""
+    id: builtins.str
+    """The call's id, in its first piece."""
+    name: builtins.str
+    """The function's name, whole, in the first piece."""
+    arguments: builtins.str
+    """Text that follows the earlier pieces' arguments; joined, they are what the model wrote: JSON, unless max_tokens cut it."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        id: builtins.str | None = ...,
+        name: builtins.str | None = ...,
+        arguments: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_id", b"_id", "_name", b"_name", "id", b"id", "name", b"name"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_id", b"_id", "_name", b"_name", "arguments", b"arguments", "id", b"id", "index", b"index", "name", b"name"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_id", b"_id"]) -> typing.Literal["id"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_name", b"_name"]) -> typing.Literal["name"] | None: ...
+
+Global___ToolCallDelta: typing_extensions.TypeAlias = ToolCallDelta
 
 @typing.final
 class TokenLogprob(google.protobuf.message.Message):

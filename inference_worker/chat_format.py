@@ -1,0 +1,128 @@
+"""How a model marks reasoning and calls of functions in its output, told by its chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+
+class ToolFormat(Enum):
+    """How calls are written.
+
+    HERMES: `<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>`, of Hermes and Qwen models.
+    LLAMA3: the whole output is `{"name": …, "parameters": {…}}`, perhaps after `<|python_tag|>`, several with "; "
+    between.
+    MISTRAL: `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, or from Mistral's eleventh tokenizer on
+    `[TOOL_CALLS]name[ARGS]{…}` for each.
+    """
+
+    HERMES = "hermes"
+    LLAMA3 = "llama3"
+    MISTRAL = "mistral"
+
+
+THINK_START: Final = "<think>"
+THINK_END: Final = "</think>"
+CALL_START: Final = "<tool_call>"
+CALL_END: Final = "</tool_call>"
+PYTHON_TAG: Final = "<|python_tag|>"
+TOOL_CALLS: Final = "[TOOL_CALLS]"
+ARGS: Final = "[ARGS]"
+# Some of these are special tokens, whose text is not shown otherwise.
+MARKS: Final = frozenset(
+    {THINK_START, THINK_END, CALL_START, CALL_END, PYTHON_TAG, TOOL_CALLS, ARGS}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What a chat template says about the model's output."""
+
+    tools: ToolFormat | None = None  # None: the model knows no tools
+    marks_reasoning: bool = False
+    has_args_mark: bool = False  # MISTRAL: calls are name[ARGS]{…}
+
+    @classmethod
+    def of_template(cls, template: str | None) -> ChatFormat:
+        """Read a chat template; None is no template, and tells nothing."""
+        template = template or ""
+        return cls(
+            tools=_tool_format(template),
+            marks_reasoning=THINK_END in template or THINK_START in template,
+            has_args_mark=ARGS in template,
+        )
+
+
+def _tool_format(template: str) -> ToolFormat | None:
+    if "tools" not in template:
+        return None
+    if TOOL_CALLS in template:
+        return ToolFormat.MISTRAL
+    if CALL_START in template:
+        return ToolFormat.HERMES
+    if PYTHON_TAG in template or "ipython" in template:
+        return ToolFormat.LLAMA3
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A function: its name, and the JSON schema of its arguments."""
+
+    name: str
+    schema: Any
+
+
+def calls_grammar(
+    chat_format: ChatFormat,
+    tools: Sequence[ToolSpec],
+    *,
+    is_parallel: bool,
+    literal: Callable[[str], str],
+) -> str:
+    """A Lark grammar in llguidance's dialect: nothing but calls of these functions, whose arguments fit the schemas.
+
+    `literal` gives the grammar's form of a mark: its special token, or a quoted text.
+    """
+    match chat_format.tools:
+        case ToolFormat.HERMES:
+            call = f'{literal(CALL_START)} "\\n" body "\\n" {literal(CALL_END)}'
+            start = 'call ("\\n" call)*' if is_parallel else "call"
+            return f"start: {start}\ncall: {call}\nbody: {_json(_any_call(tools, 'arguments'))}\n"
+        case ToolFormat.LLAMA3:
+            start = 'call ("; " call)*' if is_parallel else "call"
+            return f"start: {start}\ncall: {_json(_any_call(tools, 'parameters'))}\n"
+        case ToolFormat.MISTRAL if chat_format.has_args_mark:
+            rules = [
+                f"call_{i}: {literal(TOOL_CALLS)} {json.dumps(tool.name)} {literal(ARGS)} {_json(tool.schema)}"
+                for i, tool in enumerate(tools)
+            ]
+            names = " | ".join(f"call_{i}" for i in range(len(tools)))
+            start = "call call*" if is_parallel else "call"
+            return "\n".join([f"start: {start}", f"call: {names}", *rules, ""])
+        case ToolFormat.MISTRAL:
+            most = {} if is_parallel else {"maxItems": 1}
+            calls = {"type": "array", "items": _any_call(tools, "arguments"), "minItems": 1, **most}
+            return f"start: {literal(TOOL_CALLS)} calls\ncalls: {_json(calls)}\n"
+        case None:
+            raise ValueError("the model knows no tools")
+
+
+def _any_call(tools: Sequence[ToolSpec], arguments_key: str) -> dict[str, Any]:
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, arguments_key: tool.schema},
+            "required": ["name", arguments_key],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def _json(schema: Any) -> str:
+    return "%json " + json.dumps(schema)
