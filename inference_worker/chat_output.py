@@ -6,9 +6,9 @@ Whatever is not what its format says stays text, so that nothing the model wrote
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from inference_worker.chat_format import (
     ARGS,
@@ -173,6 +173,10 @@ class _CallEvent:
     name: str | None = None
 
 
+# Yields what is certain, and returns the text that is still to be read.
+_Rest: TypeAlias = Generator[str | _CallEvent, None, str]
+
+
 class _CallReader(Protocol):
     def push(self, text: str) -> Iterator[str | _CallEvent]:
         """Text and calls in a text."""
@@ -273,7 +277,7 @@ class _MarkedCalls:
         elif not (self._is_after_call and not held.strip(_SPACES)):
             yield held
 
-    def _read_text(self, text: str) -> Iterator[str | _CallEvent]:
+    def _read_text(self, text: str) -> _Rest:
         before, mark, rest = text.partition(self._start)
         if not mark:
             kept = len(text) - held_length(text, self._start)
@@ -289,7 +293,7 @@ class _MarkedCalls:
         self._call = _OpenCall(before[len(before.rstrip(_SPACES)) :] + mark)
         return rest
 
-    def _read_call(self, call: _OpenCall, text: str) -> Iterator[str | _CallEvent]:
+    def _read_call(self, call: _OpenCall, text: str) -> _Rest:
         rest = call.push(text)
         yield from call.events()
         if call.is_malformed:
@@ -344,7 +348,7 @@ class _MistralCalls:
         else:
             yield held
 
-    def _read_text(self, text: str) -> Iterator[str | _CallEvent]:
+    def _read_text(self, text: str) -> _Rest:
         before, mark, rest = text.partition(TOOL_CALLS)
         if not mark:
             kept = len(text) - held_length(text, TOOL_CALLS)
@@ -355,7 +359,7 @@ class _MistralCalls:
         yield before
         return rest
 
-    def _read_calling(self, text: str) -> Iterator[str | _CallEvent]:
+    def _read_calling(self, text: str) -> _Rest:
         """Behind the mark: a list, a name, or what stands between two calls."""
         stripped = text.lstrip(_SPACES + ",")
         if not stripped or TOOL_CALLS.startswith(stripped):
@@ -380,7 +384,7 @@ class _MistralCalls:
         self._held = stripped
         return ""
 
-    def _read_listed(self, call: _OpenCall, text: str) -> Iterator[str | _CallEvent]:
+    def _read_listed(self, call: _OpenCall, text: str) -> _Rest:
         rest = call.push(text)
         yield from call.events()
         if call.is_malformed:
@@ -392,7 +396,7 @@ class _MistralCalls:
             self._call = None
         return rest
 
-    def _read_arguments(self, arguments: RawValue, text: str) -> Iterator[str | _CallEvent]:
+    def _read_arguments(self, arguments: RawValue, text: str) -> _Rest:
         length = arguments.push_all(text)
         yield _CallEvent(arguments.take())
         if arguments.is_done:
@@ -440,7 +444,7 @@ class _BareCalls:
         self._call = _OpenCall(text[: len(text) - len(tagged)])
         return tagged
 
-    def _read_call(self, call: _OpenCall, text: str) -> Iterator[str | _CallEvent]:
+    def _read_call(self, call: _OpenCall, text: str) -> _Rest:
         rest = call.push(text)
         if call.name is not None and call.name not in self._names:
             return self._give_up(call.raw + rest)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from inference_worker.chat_format import ChatFormat
+from inference_worker.chat_request import Tools, read_tools
 from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
-from inference_worker.errors import ContextExceeded, InvalidField
+from inference_worker.errors import ContextExceeded, InvalidField, UnsupportedField
 from inference_worker.field_rules import (
     check_at_least,
     check_count,
@@ -40,6 +42,7 @@ class Limits:
     max_choices: int
     context_length: int  # tokens of prompt and completion together
     max_token_bytes: int | None  # bytes of text that one token can stand for, if known
+    chat_format: ChatFormat  # whether there may be tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Reading:
     sends_token_ids: bool
     n: int
     delivered: DeliveredRequest
+    tools: Tools
 
     def to_engine(
         self,
@@ -115,7 +119,8 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     _refuse_later_features(message)
     if message.WhichOneof("source") is None:
         raise InvalidField("prompt", "is required")
-    check_prompt(message.prompt)
+    check_prompt(message.prompt, limits.chat_format)
+    tools = read_tools(message.prompt.chat, "prompt.chat")
     check_fits(message.prompt, limits.context_length, limits.max_token_bytes)
     n = message.n if message.HasField("n") else 1
     check_range("n", n, 1, limits.max_choices)
@@ -125,6 +130,10 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     stop_token_ids = _read_stop_token_ids(stopping, model)
     max_tokens = _read_max_tokens(stopping, output)
     is_continued = message.HasField("continuation")
+    is_chat = message.prompt.WhichOneof("input") == "chat"
+    if is_continued and is_chat and (tools.specs or limits.chat_format.marks_reasoning):
+        # what arrived does not tell how far into the model's own text that was
+        raise UnsupportedField("continuation")
     if is_continued and sampling.temperature > 0 and not message.sampling.HasField("seed"):
         # one of our own making would draw other tokens than the first worker's
         raise InvalidField("sampling.seed", "a continuation needs the seed that `started` told")
@@ -135,6 +144,8 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         vocabulary_size=model.vocabulary_size,
         stop_token_ids=stop_token_ids,
     )
+    if tools.is_required:
+        raise UnsupportedField("prompt.chat.tool_choice")
     return Reading(
         request_id=_read_request_id(message),
         prompt=message.prompt,
@@ -146,6 +157,7 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         sends_token_ids=message.output.token_ids,
         n=n,
         delivered=delivered,
+        tools=tools,
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Final
 
 from google.protobuf import duration_pb2
 
+from inference_worker.chat_output import CallPiece, ChatOutput, Piece, Reasoning, Text
 from inference_worker.continuation import DeliveredRequest
 from inference_worker.engine import event
 from inference_worker.engine.request import Request, SamplingParams
@@ -29,6 +31,11 @@ class StreamWriter:
         self._sequence_number = 0
         # Tokens of deltas that were not worth a message; they count in the choice's next one.
         self._uncounted: defaultdict[int, int] = defaultdict(int)
+        # Whether there may be more in the output than text; then, once it has begun, one for each choice.
+        self._is_told_apart = bool(reading.prompt.WhichOneof("input") == "chat") and (
+            bool(reading.tools.specs) or tokenizer.chat_format.marks_reasoning
+        )
+        self._chats: list[ChatOutput] = []
 
     def started(
         self, request: Request | None, cached_tokens: int, queue_position: int
@@ -48,22 +55,56 @@ class StreamWriter:
         )
         started.n = self._reading.n
         started.created_at.FromNanoseconds(self._created_at)
+        if request is not None and self._is_told_apart:
+            self._begin_chat(request)
         return message
 
-    def delta(self, delta: event.Delta) -> pb.GenerateResponse | None:
-        """An item, or None if it has nothing that was asked for."""
+    def delta(self, delta: event.Delta) -> Iterator[pb.GenerateResponse]:
+        """Items; none if it has nothing that was asked for."""
+        if self._chats and not delta.is_prompt:
+            pieces = self._chats[delta.choice_index].push(delta.text)
+            yield from self._told_apart(delta, pieces)
+        elif delta.text or self._wants_tokens(delta):
+            message = self._item(delta)
+            message.delta.text = delta.text
+            yield message
+        else:
+            self._uncounted[delta.choice_index] += len(delta.tokens)
+
+    def _begin_chat(self, request: Request) -> None:
+        is_reasoning = self._tokenizer.opens_reasoning(request.prompt)
+        chat_format, names = self._tokenizer.chat_format, self._reading.tools.names
+        self._chats = [
+            ChatOutput(chat_format, names, is_reasoning=is_reasoning)
+            for _ in range(self._reading.n)
+        ]
+
+    def _told_apart(
+        self, delta: event.Delta, pieces: Sequence[Piece]
+    ) -> Iterator[pb.GenerateResponse]:
+        """A delta whose text is these pieces. The first item has the tokens."""
+        groups = list(_groups(pieces))
+        if not groups and self._wants_tokens(delta):
+            groups.append([])
+        if not groups:
+            self._uncounted[delta.choice_index] += len(delta.tokens)
+        for index, group in enumerate(groups):
+            message = self._item(delta if not index else event.Delta(delta.choice_index, "", ()))
+            for piece in group:
+                _add_piece(message.delta, piece)
+            yield message
+
+    def _wants_tokens(self, delta: event.Delta) -> bool:
+        is_asked = self._reading.sends_token_ids or self._sends_logprobs(delta)
+        return bool(delta.tokens) and is_asked
+
+    def _item(self, delta: event.Delta) -> pb.GenerateResponse:
+        """An item with all but its text."""
         count = len(delta.tokens)
         sends_logprobs = self._sends_logprobs(delta)
-        is_wanted = delta.text or (
-            delta.tokens and (self._reading.sends_token_ids or sends_logprobs)
-        )
-        if not is_wanted:
-            self._uncounted[delta.choice_index] += count
-            return None
         message = self._next()
         item = message.delta
         item.choice_index = delta.choice_index
-        item.text = delta.text
         item.token_count = count + self._uncounted.pop(delta.choice_index, 0)
         item.is_prompt = delta.is_prompt
         if self._reading.sends_token_ids:
@@ -72,13 +113,26 @@ class StreamWriter:
             item.logprobs.extend(map(self._logprob, delta.tokens))
         return message
 
-    def finished(self, finished: event.Finished) -> pb.GenerateResponse:
-        """A footer."""
+    def finished(self, finished: event.Finished) -> Iterator[pb.GenerateResponse]:
+        """A footer, after what was held back of a chat."""
+        reason = finished.reason.name
+        if self._chats:
+            chat = self._chats[finished.choice_index]
+            yield from self._told_apart(
+                event.Delta(finished.choice_index, "", ()), list(chat.flush())
+            )
+            if chat.has_calls and finished.reason is event.FinishReason.STOP:
+                reason = "TOOL_CALLS"
+        yield self._footer(finished, pb.FinishReason.Value(f"FINISH_REASON_{reason}"))
+
+    def _footer(
+        self, finished: event.Finished, reason: pb.FinishReason.ValueType
+    ) -> pb.GenerateResponse:
         message = self._next()
         footer = message.finished
         footer.choice_index = finished.choice_index
         footer.completion_tokens = finished.completion_tokens
-        footer.finish_reason = pb.FinishReason.Value(f"FINISH_REASON_{finished.reason.name}")
+        footer.finish_reason = reason
         if finished.stop_sequence is not None:
             footer.stop_sequence = finished.stop_sequence
         elif finished.stop_token_id is not None:
@@ -123,6 +177,34 @@ class StreamWriter:
             token=self._tokenizer.token_bytes(token.token_id),
             logprob=token.logprob,
         )
+
+
+# In one delta reasoning comes before text and text before calls.
+_RANKS: Final = {Reasoning: 0, Text: 1, CallPiece: 2}
+
+
+def _groups(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in as few groups as keep that order."""
+    group: list[Piece] = []
+    for piece in pieces:
+        if group and _RANKS[type(piece)] < _RANKS[type(group[-1])]:
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
+
+
+def _add_piece(delta: pb.Delta, piece: Piece) -> None:
+    match piece:
+        case Reasoning():
+            delta.reasoning += piece.text
+        case Text():
+            delta.text += piece.text
+        case CallPiece():
+            delta.tool_calls.add(
+                index=piece.index, id=piece.call_id, name=piece.name, arguments=piece.arguments
+            )
 
 
 def sampling_message(sampling: SamplingParams, model: ModelInfo) -> pb.Sampling:

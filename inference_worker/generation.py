@@ -166,10 +166,9 @@ class Generation:
                         self._request, event.cached_tokens, self._queue_position
                     )
                 case Delta():
-                    if (message := self._writer.delta(event)) is not None:
-                        yield message
+                    yield from self._writer.delta(event)
                 case Finished():
-                    yield self._writer.finished(event)
+                    yield from self._writer.finished(event)
                 case Failed():
                     self._fail(event.error)
                 case _:
@@ -184,4 +183,4 @@ class Generation:
         yield self._writer.started(None, cached_tokens=0, queue_position=0)
         for finished in unstarted_endings(self._reading.delivered, self._reading.n, reason):
             self._record.note(finished)
-            yield self._writer.finished(finished)
+            yield from self._writer.finished(finished)

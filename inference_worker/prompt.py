@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from inference_worker.chat_format import ChatFormat
+from inference_worker.chat_request import check_chat, render
 from inference_worker.errors import ContextExceeded, InvalidField
-from inference_worker.field_rules import check_count, refuse_unknown_fields, refuse_unsupported
+from inference_worker.field_rules import refuse_unknown_fields
 from inference_worker.tokenizer import TemplateError, Tokenizer
 from protos.sluice.v1 import generation_pb2 as pb
 
-_MAX_MESSAGES: Final = 10_000  # checked one by one on the event loop
 _SMALL_BYTES: Final = 64 * 1024
 # Rough, and on the safe side for most languages: what admission counts until the true number is known.
 _BYTES_PER_TOKEN: Final = 4
@@ -20,7 +21,7 @@ _BYTES_PER_TOKEN: Final = 4
 T = TypeVar("T")
 
 
-def check_prompt(prompt: pb.Prompt, path: str = "prompt") -> None:
+def check_prompt(prompt: pb.Prompt, chat_format: ChatFormat, path: str = "prompt") -> None:
     """Check the shape of a prompt; cheap whatever its size.
 
     Raises: InvalidField, UnsupportedField.
@@ -35,22 +36,9 @@ def check_prompt(prompt: pb.Prompt, path: str = "prompt") -> None:
             if not prompt.token_ids.ids:
                 raise InvalidField(f"{path}.token_ids", "is empty")
         case "chat":
-            _check_chat(prompt.chat, f"{path}.chat")
+            check_chat(prompt.chat, f"{path}.chat", chat_format)
         case _:
             raise InvalidField(path, "set one of text, token_ids and chat")
-
-
-def _check_chat(chat: pb.Chat, path: str) -> None:
-    refuse_unknown_fields(chat, path)
-    refuse_unsupported(path, tools=bool(chat.tools))
-    refuse_unsupported(path, template_arguments=chat.HasField("template_arguments"))
-    if not chat.messages:
-        raise InvalidField(f"{path}.messages", "is empty")
-    check_count(f"{path}.messages", len(chat.messages), _MAX_MESSAGES, "messages")
-    for index, message in enumerate(chat.messages):
-        refuse_unknown_fields(message, f"{path}.messages[{index}]")
-        if not message.role:
-            raise InvalidField(f"{path}.messages[{index}].role", "is required")
 
 
 def check_fits(prompt: pb.Prompt, context_length: int, max_token_bytes: int | None) -> None:
@@ -144,14 +132,11 @@ class PromptReader:
         return ids
 
     def _read_chat(self, chat: pb.Chat, path: str) -> list[int]:
-        messages = []
-        for message in chat.messages:
-            rendered = {"role": message.role, "content": message.content}
-            if message.HasField("name"):
-                rendered["name"] = message.name
-            messages.append(rendered)
+        rendered = render(chat, path)
         try:
-            return self._tokenizer.encode_chat(messages)
+            return self._tokenizer.encode_chat(
+                rendered.messages, rendered.tools, rendered.arguments
+            )
         except TemplateError as error:
             raise InvalidField(path, str(error)) from error
 

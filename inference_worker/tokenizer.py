@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -9,9 +10,16 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from inference_worker.chat_format import MARKS, THINK_START, ChatFormat
 from inference_worker.engine.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Special tokens that are part of the output's text, where calls and reasoning are told apart from the rest.
+_SHOWN_MARKS = frozenset(mark.encode() for mark in MARKS)
+_MARK_TOKENS = 8  # more than a mark and the line end behind it take
+_RESERVED_ARGUMENTS = frozenset(
+    inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+) | {"messages", "bos_token", "eos_token", "unk_token", "pad_token"}
 _SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
@@ -43,8 +51,9 @@ class Tokenizer:
         raw = _bytes_of_tokens(self._backend, hf_tokenizer.added_tokens_decoder, decoder)
         self._is_bytewise = raw is not None
         self._token_bytes = raw or _decoded_tokens(self._backend, self.vocabulary_size)
+        self.chat_format = ChatFormat.of_template(hf_tokenizer.chat_template)
         self._shown_bytes = [
-            b"" if token_id in self._special_ids else shown
+            b"" if token_id in self._special_ids and shown not in _SHOWN_MARKS else shown
             for token_id, shown in enumerate(self._token_bytes)
         ]
         self._strips_first_space = _strips_first_space(decoder)
@@ -81,6 +90,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._hf.chat_template is not None
 
+    def opens_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with the mark that begins reasoning, which some chat templates write themselves."""
+        end = self.decode(prompt[-_MARK_TOKENS:], keep_special_tokens=True)
+        return self.chat_format.marks_reasoning and end.rstrip().endswith(THINK_START)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, after the special tokens that the tokenizer puts before every text."""
         return self._encode(text, add_special_tokens=True)
@@ -99,16 +113,27 @@ class Tokenizer:
             parts[-1] = (parts[-1][0], parts[-1][1] + text[begin:])
         return parts
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
-        Raises: TemplateError.
+        `arguments` are more variables of the template. Raises: TemplateError.
         """
+        if reserved := _RESERVED_ARGUMENTS & (arguments or {}).keys():
+            raise TemplateError(f"{min(reserved)} is not the caller's to set")
         if not self.has_chat_template:
             raise TemplateError("the model has no chat template; send text or token ids instead")
         try:
             text: Any = self._hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages,
+                tools=tools,  # type: ignore[arg-type]  # a schema is as good as a function
+                tokenize=False,
+                add_generation_prompt=True,
+                **(arguments or {}),
             )
         except (
             Exception

@@ -57,7 +57,10 @@ class Worker:
         self._backend = Backend(
             served=served,
             limits=Limits(
-                settings.max_choices, self.context_length, served.tokenizer.max_token_bytes
+                settings.max_choices,
+                self.context_length,
+                served.tokenizer.max_token_bytes,
+                served.tokenizer.chat_format,
             ),
             prompts=self._prompts,
             engine=self._engine,
@@ -187,7 +190,7 @@ class Worker:
         refuse_unknown_fields(message, "")
         if message.HasField("model"):
             self._check_model(message.model)
-        check_prompt(message.prompt)
+        check_prompt(message.prompt, self._served.tokenizer.chat_format)
         if message.prompt.HasField("token_ids"):
             raise InvalidField("prompt.token_ids", "are token ids already")
         response = await self._side_call(lambda: self._prompts.tokenize(message.prompt))

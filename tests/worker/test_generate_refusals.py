@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import duration_pb2, struct_pb2
+from google.protobuf import duration_pb2
 
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.served_worker import Refusal, generate_request, reasons, refusal_of, serve_script
@@ -112,8 +112,6 @@ LATER: list[tuple[str, dict[str, Any]]] = [
     ("constraint", {"constraint": pb.Constraint()}),
     ("priority", {"priority": 0}),
     ("resume_window", {"resume_window": duration_pb2.Duration()}),
-    ("prompt.chat.tools", chat(USER, tools=[pb.Tool(name="f")])),
-    ("prompt.chat.template_arguments", chat(USER, template_arguments=struct_pb2.Struct())),
 ]
 
 
