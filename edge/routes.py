@@ -9,9 +9,18 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from edge import response_schema as shape
-from edge.dialects import native, openai_chat, openai_completions, tgi, tgi_schema
+from edge.dialects import (
+    native,
+    openai_chat,
+    openai_completions,
+    tgi,
+    tgi_schema,
+    triton,
+    triton_schema,
+)
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.tgi_endpoints import TgiEndpoints
+from edge.dialects.triton_endpoints import TritonEndpoints
 from edge.drain import Drain
 from edge.error_response import Refuse, error_response
 from edge.generate_endpoint import GenerateEndpoint, Parse
@@ -101,6 +110,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
         ),
         *_native_operations(generate, info),
         *_tgi_operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
+        *_triton_operations(generate, TritonEndpoints(worker, drain)),
         Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
         Operation(
             "GET",
@@ -220,6 +230,75 @@ def _tgi_operations(generate: Generate, info: TgiEndpoints) -> list[Operation]:
             error=tgi_schema.TgiError,
         ),
     ]
+
+
+def _triton_operations(generate: Generate, info: TritonEndpoints) -> list[Operation]:
+    shape = triton_schema
+    health = (500, 503, 504)
+    table: list[Operation] = []
+
+    def add(method: str, path: str, endpoint: Any, summary: str, answer: Any, **more: Any) -> None:
+        errors = GENERATE_ERRORS if method == "POST" else (404, *health)
+        table.append(
+            Operation(
+                method,
+                path,
+                endpoint,
+                summary,
+                answer,
+                more.pop("errors", errors),
+                error=shape.TritonError,
+                last_event="The end of the body is its end.",
+                **more,
+            )
+        )
+
+    # A version is optional; the longer paths come first, since a model's name may have slashes.
+    for base in ("/v2/models/{model:path}/versions/{version}", "/v2/models/{model:path}"):
+        add(
+            "POST",
+            f"{base}/generate",
+            generate(_from_path_and_body(triton.parse_generate), triton.refuse),
+            "Continues a text, as KServe and Triton do.",
+            shape.TritonGeneration,
+            body=shape.TritonGenerateRequest,
+        )
+        add(
+            "POST",
+            f"{base}/generate_stream",
+            generate(_from_path_and_body(triton.parse_stream), triton.refuse),
+            "Streams the continuation of a text, as KServe and Triton do.",
+            None,
+            body=shape.TritonGenerateRequest,
+            events={"": shape.TritonGeneration},
+        )
+        add(
+            "POST",
+            f"{base}/infer",
+            generate(_from_path_and_body(triton.parse_infer), triton.refuse),
+            "Continues a tensor of texts, as KServe and Triton do.",
+            shape.TritonInference,
+            body=shape.TritonInferRequest,
+        )
+        ready = "Whether the model is served."
+        add("GET", f"{base}/ready", info.model_ready, ready, shape.TritonReady)
+    for base in ("/v2/models/{model:path}/versions/{version}", "/v2/models/{model:path}"):
+        add("GET", base, info.model, "What the model takes and gives.", shape.TritonModel)
+    add("GET", "/v2", info.server, "What answers here.", shape.TritonServer, errors=())
+    live = "Whether the edge is alive."
+    add("GET", "/v2/health/live", info.live, live, shape.TritonLive, errors=())
+    ready = "Whether a worker is serving."
+    add("GET", "/v2/health/ready", info.ready, ready, shape.TritonReady, errors=health)
+    return table
+
+
+def _from_path_and_body(
+    parse: Callable[[dict[str, Any], PromptLimits, dict[str, str]], ParsedRequest],
+) -> Parse:
+    async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
+        return parse(await read_object(request, limits), limits, request.path_params)
+
+    return read_and_parse
 
 
 def _from_body(parse: BodyParse) -> Parse:
