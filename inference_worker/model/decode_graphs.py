@@ -60,6 +60,11 @@ class CudaCapture:
         return graph.replay
 
 
+def new_capture(device: torch.device) -> Capture | None:
+    """What records on a device, if anything does."""
+    return CudaCapture() if device.type == "cuda" else None
+
+
 class DecodeGraphs:
     """A forward pass over decode rows alone, captured for some numbers of rows."""
 

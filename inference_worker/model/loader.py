@@ -18,6 +18,7 @@ from inference_worker.model import kernels, self_check
 from inference_worker.model.architecture import check_config, max_context_length, probe_layers
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_checkpoint import awq_format, finish, native_awq
+from inference_worker.model.decode_graphs import DecodeGraphs, new_capture
 from inference_worker.model.decoder import FusedDecoder, fuse
 from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
 from inference_worker.model.forward import Forward, TransformersForward
@@ -29,6 +30,8 @@ from inference_worker.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
+# The host keeps some hundred bytes for each block: what a small model and a large GPU would have room for is too many.
+_MOST_BLOCKS = 2**18
 # Parameters below which a second thread costs more than it gives: the embedded model, of 2.7 million, was seen to make
 # 2 to 5 times as many tokens a second with one thread as with two on two cores that other processes use too.
 _SMALL_MODEL = 20_000_000
@@ -162,7 +165,35 @@ def _try_fused(
     except Exception as error:  # the general path serves what the fast one cannot
         _log.warning("the fused decoder is not used: %s", _first_line(error))
         return None
-    return runner
+    graphs = _capture(forward, cache, context_length, settings)
+    if graphs is None:
+        return runner
+    captured = ModelRunner(forward, cache, graphs=graphs)
+    try:
+        self_check.check(captured, samples, references)
+    except (
+        UnsupportedModel
+    ) as error:  # the same kernels, launched one by one, have passed the check
+        _log.warning("decode graphs are not used: %s", error)
+        return runner
+    return captured
+
+
+def _capture(
+    forward: Forward, cache: KVCache, context_length: int, settings: LoadSettings
+) -> DecodeGraphs | None:
+    """The decode graphs of a forward pass by kernels, if the device has graphs and memory for them."""
+    capture = new_capture(cache.device)
+    if capture is None or not cache.uses_kernels:
+        return None
+    max_length = min(context_length, cache.num_blocks * cache.block_size)
+    try:
+        return DecodeGraphs(
+            forward, cache, max_rows=settings.max_running, max_length=max_length, capture=capture
+        )
+    except RuntimeError as error:
+        _log.warning("decode graphs are not used: %s", _first_line(error))
+        return None
 
 
 def _with_kernels(decoder: FusedDecoder, cache: KVCache, context_length: int) -> Forward:
@@ -310,7 +341,9 @@ def _make_cache(
         num_bytes=num_bytes,
         block_size=settings.block_size,
         token_bytes=bytes_per_token(layers, model.dtype),
-        most_tokens=settings.max_running * context_length if is_shared else None,
+        most_tokens=settings.max_running * context_length
+        if is_shared
+        else _MOST_BLOCKS * settings.block_size,
     )
     try:
         return KVCache(

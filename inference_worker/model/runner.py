@@ -59,8 +59,8 @@ class ModelRunner:
 
     @property
     def description(self) -> str:
-        """One line about the memory taken, for the start of the log."""
-        return str(self.cache)
+        """One line about what was made at the start, for the log."""
+        return str(self.cache) if self._graphs is None else f"{self.cache}; {self._graphs}"
 
     def execute(self, rows: Rows[Row]) -> list[RowOutput]:
         """Run one step and wait for it. Raises: as `launch` does."""

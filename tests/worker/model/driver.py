@@ -125,8 +125,8 @@ def generate(model: PreTrainedModel, prompt: Rows[int], num_tokens: int) -> list
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         ids = model.generate(  # type: ignore[operator]
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
             max_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=0,

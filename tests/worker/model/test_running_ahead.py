@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence as Rows
 
 import pytest
 
@@ -10,6 +11,7 @@ from inference_worker.engine.detokenizer import ByteDetokenizer
 from inference_worker.engine.engine import Engine, EngineOptions
 from inference_worker.engine.event import Delta, Failed, Finished, Token
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
+from inference_worker.engine.runner import InFlight, Row
 from inference_worker.model.runner import ModelRunner
 from tests.worker.model.driver import new_runner, prompt_of
 from tests.worker.model.tiny_models import build
@@ -19,9 +21,15 @@ GREEDY = SamplingParams(temperature=0)
 SCORED = OutputParams(logprobs=2, echo=True, prompt_logprobs=True)
 
 
-def make_request(name: str, sampling: SamplingParams, output: OutputParams, n: int = 1) -> Request:
+def make_request(
+    name: str,
+    sampling: SamplingParams,
+    output: OutputParams,
+    n: int = 1,
+    num_tokens: int = NUM_TOKENS,
+) -> Request:
     prompt = prompt_of(5 + 7 * len(name))
-    return Request(name, tuple(prompt), StoppingParams(NUM_TOKENS), sampling, output, n)
+    return Request(name, tuple(prompt), StoppingParams(num_tokens), sampling, output, n)
 
 
 REQUESTS = {
@@ -44,7 +52,7 @@ class WatchedRunner(ModelRunner):
 
     num_fed = 0
 
-    def launch(self, rows):  # type: ignore[no-untyped-def]
+    def launch(self, rows: Rows[Row]) -> InFlight:
         self.num_fed += sum(row.start == len(row.sequence.token_ids) for row in rows)
         return super().launch(rows)
 

@@ -1,0 +1,32 @@
+"""The whole CUDA path but for the recording of graphs: kernels over fixed input tensors, a step in flight."""
+
+from __future__ import annotations
+
+import pytest
+
+from inference_worker.engine.request import OutputParams
+from inference_worker.model import loader, self_check
+from inference_worker.model.decode_graphs import call_again
+from inference_worker.model.kernel_decoder import KernelDecoder
+from tests.worker.model.driver import generate, new_runner
+from tests.worker.model.kernels.device import DEVICE
+from tests.worker.model.test_running_ahead import GREEDY, WatchedRunner, make_request, run
+from tests.worker.model.tiny_models import build
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tests/gpu has the same with graphs")
+def test_padded_rows_in_flight_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_can_use_kernels", lambda *_: True)
+    monkeypatch.setattr(loader, "new_capture", lambda _: call_again)
+    monkeypatch.setattr(loader, "ModelRunner", WatchedRunner)
+    monkeypatch.setattr(self_check, "_LENGTH", 6)  # the interpreter takes its time
+    model = build("llama")
+    requests = [make_request(name, GREEDY, OutputParams(), num_tokens=4) for name in ("", "a", "b")]
+    expected = [generate(model, list(r.prompt), 4)[len(r.prompt) :] for r in requests]
+    runner = new_runner(model)
+    assert isinstance(runner, WatchedRunner)
+    assert isinstance(runner._forward, KernelDecoder)
+    assert "decode graphs of 1 to 8 rows" in runner.description
+    tokens = run(runner, requests)  # three rows, of a size of four
+    assert [[x.token_id for x in tokens[r.request_id, 0]] for r in requests] == expected
+    assert runner.num_fed > 0
