@@ -15,8 +15,9 @@ from inference_worker.model.kernels import num_processors
 
 MAX_GEMV_ROWS = 16
 _COLUMNS_OF_A_WORD = 8
-# Columns and, when dequantizing, rows of weights that one program holds.
-_COLUMNS = 64
+# Columns of weights that one program holds: 64 bytes of each row, which is what memory is read in.
+_COLUMNS = 128
+# Rows that it holds when it dequantizes.
 _ROWS = 32
 # Fewest rows of a matrix product on tensor cores.
 _LEAST_ROWS = tl.constexpr(16)
@@ -61,8 +62,8 @@ def w4a16_gemv(
         GROUP=group_size,
         GROUPS_OF_A_SPLIT=triton.cdiv(num_groups, splits),
         COLUMNS=_COLUMNS,
-        num_warps=4,
-        num_stages=4,
+        num_warps=8,
+        num_stages=3,
     )
     if splits > 1:
         _sum[(triton.cdiv(rows * num_out, 1024),)](
