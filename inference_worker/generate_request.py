@@ -21,6 +21,7 @@ from inference_worker.field_rules import (
     refuse_unknown_fields,
     refuse_unsupported,
 )
+from inference_worker.grammar.source import GrammarSource, read_constraint
 from inference_worker.prompt import check_fits, check_prompt
 from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
@@ -43,11 +44,12 @@ class Limits:
     context_length: int  # tokens of prompt and completion together
     max_token_bytes: int | None  # bytes of text that one token can stand for, if known
     chat_format: ChatFormat  # whether there may be tools
+    max_grammar_bytes: int  # bytes of a constraint's text
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A checked request, complete but for its prompt's token ids."""
+    """A checked request, complete but for its prompt's token ids and its compiled grammar."""
 
     request_id: str
     prompt: pb.Prompt
@@ -60,6 +62,7 @@ class Reading:
     n: int
     delivered: DeliveredRequest
     tools: Tools
+    constraint: GrammarSource | None
 
     def to_engine(
         self,
@@ -68,7 +71,7 @@ class Reading:
         new_detokenizer: NewDetokenizer,
         admitted_at: float,
     ) -> Request:
-        """Complete the request. Takes time in proportion to what was delivered of it.
+        """Complete the request but for its grammar. Takes time in proportion to what was delivered of it.
 
         Raises: ContextExceeded, if prompt and completion can never fit; InvalidField, if what was delivered cannot have
         come from this prompt.
@@ -158,6 +161,9 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         n=n,
         delivered=delivered,
         tools=tools,
+        constraint=read_constraint(message.constraint, limits.max_grammar_bytes)
+        if message.HasField("constraint")
+        else None,
     )
 
 
@@ -165,7 +171,6 @@ def _refuse_later_features(message: pb.GenerateRequest) -> None:
     refuse_unsupported(
         "",
         resume=message.HasField("resume"),
-        constraint=message.HasField("constraint"),
         priority=message.HasField("priority"),
         resume_window=message.HasField("resume_window"),
     )

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from inference_worker.admission import Ticket
 from inference_worker.engine.event import (
@@ -18,17 +19,22 @@ from inference_worker.engine.event import (
     Started,
 )
 from inference_worker.engine.event_stream import EventStream, is_last
+from inference_worker.engine.grammar import Grammar, GrammarFailed, GrammarState
 from inference_worker.engine.request import Request
 from inference_worker.engine.serving import ServingEngine
-from inference_worker.errors import InternalError
+from inference_worker.errors import InternalError, InvalidField
 from inference_worker.generate_request import Limits, Reading
 from inference_worker.generate_response import StreamWriter, unstarted_endings
+from inference_worker.grammar.compiler import GrammarCompiler
+from inference_worker.grammar.source import GrammarSource
 from inference_worker.prompt import PromptReader
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
 from inference_worker.served_model import Served
 from inference_worker.watchdog import Watchdog
 from protos.sluice.v1 import generation_pb2 as pb
+
+_Grammars = tuple[Grammar, dict[int, GrammarState]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class Backend:
     served: Served
     limits: Limits
     prompts: PromptReader
+    grammars: GrammarCompiler
     engine: ServingEngine
     registry: Registry
     heartbeat_seconds: float
@@ -55,7 +62,7 @@ class Generation:
         self._record = record
         self._writer = StreamWriter(reading, backend.served.info, backend.served.tokenizer)
         self._admitted_at = time.monotonic()
-        self._tokenizing: asyncio.Future[Request] | None = None
+        self._preparing: list[asyncio.Future[Any]] = []  # on other threads, until the engine has it
         self._request: Request | None = None  # set once the engine has it
         self._end_reason: FinishReason | None = None
         self._queue_position = 0
@@ -73,8 +80,7 @@ class Generation:
             self._backend.engine.cancel(self._request, reason)
             return True
         self._end_reason = reason
-        if self._tokenizing is not None:
-            self._tokenizing.cancel()
+        self._stop_preparing()
         return True
 
     async def messages(self) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -101,23 +107,40 @@ class Generation:
                         silence.begin()
         finally:
             # No await here: this also runs while the caller's task is being cancelled.
-            if self._tokenizing is not None:
-                self._tokenizing.cancel()
+            self._stop_preparing()
             if self._request is not None and not self._is_over:
                 self._backend.engine.cancel(self._request)
 
     async def _prepare(self) -> Request | None:
-        """The request with its prompt tokenized, or None if it was ended meanwhile."""
-        tokenizing = self._tokenizing = self._backend.prompts.read(
+        """The request with its prompt tokenized and its grammar compiled, or None if it was ended meanwhile."""
+        tokenizing = self._backend.prompts.read(
             self._reading.prompt, self._complete, num_more_tokens=self._reading.delivered.num_tokens
         )
+        compiling: asyncio.Task[_Grammars] | None = None
+        self._preparing = [tokenizing]
+        if (constraint := self._reading.constraint) is not None:
+            compiling = asyncio.create_task(self._compile(constraint))
+            self._preparing.append(compiling)
         # Not `await tokenizing`: end() cancels it, and that must not look like the caller's going away.
-        await asyncio.wait([tokenizing])
+        done, _ = await asyncio.wait(self._preparing, return_when=asyncio.FIRST_EXCEPTION)
+        # all are looked at, so that asyncio does not complain of a lost one
+        errors = [error for one in done if not one.cancelled() and (error := one.exception())]
         if self._end_reason is not None:
-            if not tokenizing.cancelled():
-                tokenizing.exception()  # looked at, so that asyncio does not complain of a lost one
             return None
-        return tokenizing.result()
+        if errors:
+            raise errors[0]
+        request = tokenizing.result()
+        return request if compiling is None else request.with_grammar(*compiling.result())
+
+    async def _compile(self, constraint: GrammarSource) -> _Grammars:
+        """The grammar, and the states of the choices that are continued."""
+        grammars, reading = self._backend.grammars, self._reading
+        grammar = await grammars.compile(constraint)
+        return grammar, await grammars.replay(grammar, reading.stop_token_ids, reading.delivered)
+
+    def _stop_preparing(self) -> None:
+        for future in self._preparing:
+            future.cancel()
 
     def _complete(self, prompt: list[int]) -> Request:
         """The request with its prompt. Runs on a tokenizer's thread."""
@@ -176,6 +199,9 @@ class Generation:
 
     def _fail(self, error: Exception) -> None:
         request_id = self._reading.request_id
+        constraint = self._reading.constraint
+        if isinstance(error, GrammarFailed) and constraint is not None:
+            raise InvalidField(constraint.field, str(error)) from error
         get_logger().error("request failed", request_id=request_id, exc_info=error)
         raise InternalError(request_id) from error
 

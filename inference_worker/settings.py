@@ -147,6 +147,25 @@ class WorkerSettings(BaseSettings):
         json_schema_extra=unit("choices"),
     )
 
+    max_grammar_bytes: int = Field(
+        131_072,
+        ge=1,
+        description="Longest JSON schema, regex or grammar of a constraint; of a choice, all its texts together.",
+        json_schema_extra=unit("bytes"),
+    )
+    grammar_seconds: float = Field(
+        1,
+        gt=0,
+        description="Most processor time to compile a constraint; one that takes longer is refused.",
+        json_schema_extra=unit("seconds"),
+    )
+    grammar_cache: int = Field(
+        64,
+        ge=0,
+        description="Compiled constraints that are kept for requests with the same one.",
+        json_schema_extra=unit("grammars"),
+    )
+
     # --- the server
     host: str = Field(
         "127.0.0.1",

@@ -87,6 +87,11 @@ class Tokenizer:
         return max(map(len, self._token_bytes), default=0)
 
     @property
+    def text_bytes(self) -> Sequence[bytes] | None:
+        """The bytes that each token adds to a text, none for special ones; None if they depend on its neighbours."""
+        return self._shown_bytes if self._is_bytewise else None
+
+    @property
     def has_chat_template(self) -> bool:
         return self._hf.chat_template is not None
 
@@ -112,6 +117,10 @@ class Tokenizer:
         if parts and begin < len(text):  # what the tokenizer does not keep is kept here
             parts[-1] = (parts[-1][0], parts[-1][1] + text[begin:])
         return parts
+
+    def encode_inner(self, text: str) -> list[int]:
+        """Token ids of a text that stands inside another: nothing is put before it."""
+        return self._encode(text, add_special_tokens=False)
 
     def encode_chat(
         self,

@@ -22,6 +22,7 @@ from inference_worker.field_rules import refuse_unknown_fields
 from inference_worker.generate_request import Limits, read_request
 from inference_worker.generate_response import sampling_message
 from inference_worker.generation import Backend, Generation
+from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler
 from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
@@ -50,6 +51,11 @@ class Worker:
         self._engine = served.new_engine(settings, on_crash)
         self._registry = Registry()
         self._prompts = PromptReader(served.tokenizer, served.info.vocabulary_size)
+        self._grammars = GrammarCompiler(
+            served.tokenizer,
+            served.info.vocabulary_size,
+            CompilerLimits(settings.grammar_seconds, settings.grammar_cache),
+        )
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(settings.max_running, settings.max_waiting, settings.max_waiting_tokens)
@@ -61,8 +67,10 @@ class Worker:
                 self.context_length,
                 served.tokenizer.max_token_bytes,
                 served.tokenizer.chat_format,
+                settings.max_grammar_bytes,
             ),
             prompts=self._prompts,
+            grammars=self._grammars,
             engine=self._engine,
             registry=self._registry,
             heartbeat_seconds=settings.heartbeat_seconds,
@@ -87,6 +95,7 @@ class Worker:
     async def close(self) -> None:
         """End the engine and release the model's memory."""
         self._prompts.close()
+        self._grammars.close()
         await self._engine.stop()
 
     async def generate(

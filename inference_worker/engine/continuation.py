@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from inference_worker.engine.choice_output import ChoiceOutput
 from inference_worker.engine.event import Token
+from inference_worker.engine.grammar import GrammarState
 
 
 class StopSequenceDelivered(ValueError):
@@ -25,11 +26,12 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """A choice that goes on. Its output belongs to the sequence that takes it over, and serves once."""
+    """A choice that goes on. What it holds belongs to the sequence that takes it over, and serves once."""
 
     token_ids: tuple[int, ...]
     num_echoed: int
     output: ChoiceOutput
+    grammar: GrammarState | None = None  # that has accepted the tokens
 
 
 @dataclass(frozen=True, slots=True)

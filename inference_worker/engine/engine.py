@@ -205,6 +205,9 @@ class Engine:
             detokenizer = self._new_detokenizer(at_start=request.output.echo)
             output = ChoiceOutput(choice_index, detokenizer, live.stop_strings)
             continued = Continued(token_ids=(), num_echoed=0, output=output)
+        grammar = continued.grammar
+        if grammar is None and request.grammar is not None:
+            grammar = request.grammar.start(request.stopping.stop_token_ids)
         sequence = Sequence(
             request=request,
             choice_index=choice_index,
@@ -213,6 +216,7 @@ class Engine:
             max_tokens=min(len(request.prompt) + request.stopping.max_tokens, self._max_tokens),
             is_leader=is_leader,
             num_echoed=continued.num_echoed,
+            grammar=grammar,
             cache_salt=b"" if self._options.prefix_cache else request.key.to_bytes(8, "little"),
         )
         live.unbegun.popleft()
@@ -221,10 +225,11 @@ class Engine:
 
     def _end_if_complete(self, live: LiveRequest, sequence: Sequence) -> bool:
         """End a new choice that another engine brought to its last token but not to its footer."""
-        is_complete = sequence.num_completion_tokens > 0 and sequence.is_full
-        if is_complete:
-            self._finish(live, sequence, FinishReason.LENGTH)
-        return is_complete
+        if sequence.num_completion_tokens == 0 or not (sequence.is_spoken or sequence.is_full):
+            return False
+        reason = FinishReason.STOP if sequence.is_spoken else FinishReason.LENGTH
+        self._finish(live, sequence, reason)
+        return True
 
     def _note_scheduled(self, rows: Iterable[Row]) -> None:
         now = time.monotonic()
@@ -272,9 +277,13 @@ class Engine:
         if token.token_id in stopping.stop_token_ids:
             self._finish(live, sequence, FinishReason.STOP, stop_token_id=token.token_id)
             return
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token.token_id)
         sequence.output.push(token)
         if sequence.output.stop_sequence is not None:
             self._finish(live, sequence, FinishReason.STOP_SEQUENCE)
+        elif sequence.is_spoken:
+            self._finish(live, sequence, FinishReason.STOP)
         elif sequence.is_full:
             self._finish(live, sequence, FinishReason.LENGTH)
         elif (delta := sequence.output.take()) is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from inference_worker.engine.continuation import Continuation
+from inference_worker.engine.grammar import Grammar, GrammarState
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,17 @@ class Request:
     output: OutputParams = field(default_factory=OutputParams)
     n: int = 1
     continuation: Continuation = field(default_factory=Continuation)
+    grammar: Grammar | None = None  # what the completion of each choice belongs to
     admitted_at: float = field(default_factory=time.monotonic)  # start of the request's timings
     # Tells this request from every other of the process, also from an earlier one of the same id that is only just
     # leaving: what is still on its way for that one must not reach this one.
     key: int = field(default_factory=_next_key)
+
+    def with_grammar(self, grammar: Grammar, states: Mapping[int, GrammarState]) -> Request:
+        """The same request, kept to a grammar; `states` are those of the choices that are continued."""
+        continued = {
+            index: replace(choice, grammar=states[index])
+            for index, choice in self.continuation.continued.items()
+        }
+        continuation = replace(self.continuation, continued=MappingProxyType(continued))
+        return replace(self, grammar=grammar, continuation=continuation)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from inference_worker.engine.choice_output import ChoiceOutput
+from inference_worker.engine.grammar import GrammarState
 from inference_worker.engine.request import Request
 
 
@@ -37,6 +38,7 @@ class Sequence:
     most_tokens_of_step: int = 2**31  # less once the device lacked memory for a step of more
     num_times_refused: int = 0  # by a device that lacked memory for a step of this sequence alone
     has_drawn: bool = False  # whether this engine drew a token for it
+    grammar: GrammarState | None = None  # has accepted the completion so far
     cache_salt: bytes = b""  # only sequences of the same salt share blocks
     state: State = State.WAITING
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
@@ -83,6 +85,11 @@ class Sequence:
         )
 
     @property
+    def is_spoken(self) -> bool:
+        """Whether its grammar leaves nothing to say."""
+        return self.grammar is not None and self.grammar.is_complete
+
+    @property
     def must_know_last_token(self) -> bool:
         """Whether the next token's distribution is made by the host from the tokens before it."""
-        return self.request.sampling.has_penalties
+        return self.request.sampling.has_penalties or self.grammar is not None

@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 
 from inference_worker.engine.event import Token
+from inference_worker.engine.grammar import GrammarFailed
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model.candidates import draw_from_candidates
+from inference_worker.model.grammar_masks import restrict
 from inference_worker.model.penalties import adjust, changes_logits
 from inference_worker.model.randomness import uniforms
 from inference_worker.model.scores import Scores
@@ -35,6 +37,10 @@ class SamplingFailed(Exception):
     """A row's parameters leave no distribution to draw from."""
 
 
+class NothingAllowed(GrammarFailed):
+    """The tokens that a row's grammar allows are all impossible for the model."""
+
+
 def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception]:
     """Draw a token for each row, or say why it cannot be; see `draw`."""
     return draw(logits, rows).read()
@@ -43,9 +49,10 @@ def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception
 def draw(logits: torch.Tensor, rows: Rows[Sequence], *, one_by_one: bool = False) -> Drawn:
     """Draw a token for each row.
 
-    `logits` is float32 [rows, vocabulary] and is left as it is. Bias and penalties come first (`penalties`), then
-    temperature, which divides the logits, then `truncation`; temperature 0 takes the greatest logit, the first of equal
-    ones. Log-probabilities, where asked for, are those of the logits as the model gave them.
+    `logits` is float32 [rows, vocabulary] and is left as it is. Bias and penalties come first (`penalties`), then what
+    a row's grammar forbids (`grammar_masks`), then temperature, which divides the logits, then `truncation`;
+    temperature 0 takes the greatest logit, the first of equal ones. Log-probabilities, where asked for, are those of
+    the logits as the model gave them.
 
     A row that fails costs the others nothing. `one_by_one`: nor does a sum's rounding depend on what else is drawn.
     """
@@ -93,6 +100,7 @@ class _Part:
         params = [row.request.sampling for row in rows]
         drawn = [i for i, p in enumerate(params) if p.temperature > 0]
         adjusted = adjust(logits, rows) if any(map(changes_logits, params)) else logits
+        adjusted, self._failures = restrict(adjusted, rows)
         tokens = greatest(adjusted)
         peaks = adjusted.gather(1, tokens[:, None])[:, 0]
         sound = peaks.isfinite()
@@ -116,7 +124,9 @@ class _Part:
                 results[i] = token
         for i, token_id in enumerate(token_ids):
             if token_id < 0:
-                results[i] = _failure(self._logits[i])
+                results[i] = _failure(self._logits[i], self._rows[i])
+        for i, failure in self._failures.items():
+            results[i] = failure
         return results
 
     def _score(self) -> Scores | None:
@@ -135,9 +145,11 @@ def greatest(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def _failure(logits: torch.Tensor) -> Exception:
+def _failure(logits: torch.Tensor, row: Sequence) -> Exception:
     if not bool(logits.max().isfinite()):
         return BadLogits("the model gave logits that are not finite")
+    if row.grammar is not None:
+        return NothingAllowed("the model finds every token that may come next impossible")
     return SamplingFailed("the sampling parameters make the logits overflow")
 
 

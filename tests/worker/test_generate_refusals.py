@@ -29,6 +29,10 @@ def output(**fields: Any) -> dict[str, Any]:
     return {"output": pb.Output(**fields)}
 
 
+def constraint(**fields: Any) -> dict[str, Any]:
+    return {"constraint": pb.Constraint(**fields)}
+
+
 def chat(*messages: pb.ChatMessage, **fields: Any) -> dict[str, Any]:
     return {"prompt": pb.Prompt(chat=pb.Chat(messages=messages, **fields))}
 
@@ -76,6 +80,27 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("stopping.stop_token_ids", stopping(stop_token_ids=[1] * 65)),
     ("stopping.stop_token_ids[0]", stopping(stop_token_ids=[1_000_000])),
     ("output.logprobs", output(logprobs=21)),
+    ("constraint", {"constraint": pb.Constraint()}),
+    ("constraint.json_schema", constraint(json_schema="")),
+    ("constraint.json_schema", constraint(json_schema='{"type":')),
+    ("constraint.json_schema", constraint(json_schema="[]")),
+    ("constraint.json_schema", constraint(json_schema='{"type": "text"}')),
+    ("constraint.json_schema", constraint(json_schema='{"uniqueItems": true}')),
+    ("constraint.json_schema", constraint(json_schema='{"$ref": "https://example.com/s"}')),
+    ("constraint.json_schema", constraint(json_schema='{"enum": []}')),
+    ("constraint.json_schema", constraint(json_schema='{"items":' * 5000 + "{}" + "}" * 5000)),
+    ("constraint.json_schema", constraint(json_schema=f'{{"const": "{"x" * 131_072}"}}')),
+    ("constraint.regex", constraint(regex=" ")),
+    ("constraint.regex", constraint(regex="(")),
+    ("constraint.regex", constraint(regex="(?=a)a")),
+    ("constraint.regex", constraint(regex="()")),
+    ("constraint.regex", constraint(regex="a" * 131_073)),
+    ("constraint.lark", constraint(lark="start: missing")),
+    ("constraint.lark", constraint(lark="start: <|im_end|>")),
+    ("constraint.choice.texts", constraint(choice=pb.ChoiceList())),
+    ("constraint.choice.texts[1]", constraint(choice=pb.ChoiceList(texts=["a", ""]))),
+    ("constraint.choice.texts", constraint(choice=pb.ChoiceList(texts=["a"] * 4097))),
+    ("constraint.choice.texts", constraint(choice=pb.ChoiceList(texts=["a" * 99_999] * 2))),
     ("output.prompt_logprobs", output(prompt_logprobs=True)),
     ("output.prompt_logprobs", output(prompt_logprobs=True, echo=True)),
     ("output.prompt_logprobs", output(prompt_logprobs=True, logprobs=1)),
@@ -109,7 +134,6 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
 ]
 LATER: list[tuple[str, dict[str, Any]]] = [
     ("resume", {"resume": pb.Resume(request_id="r")}),
-    ("constraint", {"constraint": pb.Constraint()}),
     ("priority", {"priority": 0}),
     ("resume_window", {"resume_window": duration_pb2.Duration()}),
 ]

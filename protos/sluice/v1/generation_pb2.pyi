@@ -66,7 +66,7 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """Never sent."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """The model ended the text, or one of stop_token_ids came."""
+    """The model ended the text, or one of stop_token_ids came, or the constraint leaves nothing to follow."""
     FINISH_REASON_STOP_SEQUENCE: _FinishReason.ValueType  # 2
     """A stop sequence came."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 3
@@ -90,7 +90,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """Never sent."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""The model ended the text, or one of stop_token_ids came."""
+"""The model ended the text, or one of stop_token_ids came, or the constraint leaves nothing to follow."""
 FINISH_REASON_STOP_SEQUENCE: FinishReason.ValueType  # 2
 """A stop sequence came."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
@@ -187,7 +187,12 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def constraint(self) -> Global___Constraint:
-        """A grammar that the output obeys. Not supported yet: UNIMPLEMENTED."""
+        """A language that the text of each choice belongs to. Masks keep every token to it, so a choice that ends with STOP
+        is of the language; one that ends otherwise may be the beginning of such a text. The choice ends with STOP, without a
+        stop_token_id, as soon as nothing can follow; where the text may end or go on, an end-of-sequence or stop token ends
+        it, and these come nowhere else. Special tokens never come inside. UNIMPLEMENTED for a model whose tokens are no
+        fixed runs of bytes.
+        """
 
     @property
     def resume_window(self) -> google.protobuf.duration_pb2.Duration:
@@ -643,7 +648,9 @@ Global___Output: typing_extensions.TypeAlias = Output
 
 @typing.final
 class Constraint(google.protobuf.message.Message):
-    """A language that the output belongs to."""
+    """A language that the output belongs to. What takes too long to compile is INVALID_ARGUMENT, as is what is wrong. At most
+    --max-grammar-bytes.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -652,11 +659,13 @@ class Constraint(google.protobuf.message.Message):
     CHOICE_FIELD_NUMBER: builtins.int
     LARK_FIELD_NUMBER: builtins.int
     json_schema: builtins.str
-    """A JSON schema, as JSON text."""
+    """A JSON schema that is an object, as JSON text; {"type": "object"} for any JSON object. Keywords that cannot be
+    kept are refused, remote references too.
+    """
     regex: builtins.str
-    """A regular expression that the whole output matches."""
+    """A regular expression that the whole output matches, in Rust's syntax without look-around and back-references."""
     lark: builtins.str
-    """A Lark grammar."""
+    """A Lark grammar whose rule `start` is the whole output."""
     @property
     def choice(self) -> Global___ChoiceList:
         """One of a list of texts."""
@@ -684,7 +693,7 @@ class ChoiceList(google.protobuf.message.Message):
     TEXTS_FIELD_NUMBER: builtins.int
     @property
     def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """At least one."""
+        """1 to 4096, none of them empty."""
 
     def __init__(
         self,

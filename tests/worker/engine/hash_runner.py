@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inference_worker.engine.event import Token
 from inference_worker.engine.runner import InFlight, Row, RowOutput, SynchronousRunner
@@ -107,9 +107,15 @@ class HashRunner(SynchronousRunner):
         if not row.is_whole:
             return RowOutput(prompt_logprobs=scores)
         last = self._read(queued, row.stop - 1)
+        output = self.draw(last, sequence)
+        if output.token is not None:
+            self._latest[sequence] = output.token.token_id
+        return replace(output, prompt_logprobs=scores)
+
+    def draw(self, last: int, sequence: Sequence) -> RowOutput:
+        """The next token, from what was kept of the last position."""
         token_id = next_token(last, sequence.request.sampling.seed, sequence.choice_index)
-        self._latest[sequence] = token_id
-        return RowOutput(Token(token_id), scores)
+        return RowOutput(Token(token_id))
 
     def _read(self, queued: QueuedRow, position: int) -> int:
         value = self.memory[self._slot(queued, position)]
