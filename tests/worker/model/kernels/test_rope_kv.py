@@ -29,8 +29,10 @@ class Case:
         self.slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, device=DEVICE)[:tokens]
         angles = torch.rand(NUM_POSITIONS, dim // 2, device=DEVICE) * 7
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        shape = (NUM_BLOCKS, BLOCK_SIZE, kv_heads, dim)
-        self.keys, self.values = torch.randn(2, *shape, device=DEVICE).to(dtype)
+        shape = (2, 1 + NUM_BLOCKS, BLOCK_SIZE, kv_heads, dim)
+        # slot -1 would lie in the block before the first one
+        self.guarded = torch.randn(shape, device=DEVICE).to(dtype)
+        self.keys, self.values = self.guarded[:, 1:]
 
     def run(self, **options: Any) -> torch.Tensor:
         return rope_and_write(
@@ -114,10 +116,12 @@ def test_padding_writes_nothing_and_changes_no_other_row() -> None:
     padded.slots[3:] = -1
     padded.qkv[3:] = torch.nan
     padded.positions[3:] = 0
+    guards = padded.guarded[:, 0].clone()
     before = padded.keys.clone(), padded.values.clone()
     query = case.run()
     padded_query = padded.run()
     assert torch.equal(padded_query[:3], query[:3])
+    assert torch.equal(padded.guarded[:, 0], guards)
     for after, old, full in zip(
         (padded.keys, padded.values), before, (case.keys, case.values), strict=True
     ):
