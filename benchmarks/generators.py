@@ -96,11 +96,14 @@ class Sluice:
 
     name = "Sluice"
 
-    def __init__(self, folder: Path, dtype: str, threads: int) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, threads: int, *, deterministic: bool = False
+    ) -> None:
         settings = WorkerSettings(
             model=str(folder),
             dtype=dtype,
             threads=threads,
+            deterministic=deterministic,
             kv_cache_mib=_KV_CACHE_MIB,
             device="cpu",
         )

@@ -76,4 +76,6 @@ def _model_json(name: str, model: pb.GetModelResponse) -> dict[str, Any]:
         "root": model.model,
         "aliases": list(model.aliases),
         "max_model_len": model.context_length,
+        "kv_cache_bytes": model.kv_cache_bytes,
+        "kv_bytes_per_token": model.kv_bytes_per_token,
     }

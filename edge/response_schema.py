@@ -156,6 +156,10 @@ class ModelObject(ResponseModel):
     root: str = Field(description="The model's own name, also where `id` is an alias.")
     aliases: list[str]
     max_model_len: int = Field(description="Most tokens of prompt and completion together.")
+    kv_cache_bytes: int = Field(description="Memory of the whole KV cache; 0 if not known.")
+    kv_bytes_per_token: int = Field(
+        description="Memory of one token in the KV cache; 0 if not known."
+    )
 
 
 class ModelList(ResponseModel):

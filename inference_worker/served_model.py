@@ -30,6 +30,8 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
     default_sampling: SamplingParams  # of the checkpoint; its seed means nothing
     kv_cache: str  # one line: how many blocks, and what memory they take
+    kv_cache_bytes: int = 0  # of the whole cache; 0: not known
+    kv_bytes_per_token: int = 0  # 0: not known
 
 
 class Served(Protocol):

@@ -166,6 +166,8 @@ class Worker:
             device=info.device,
             parameter_count=info.parameter_count,
             eos_token_ids=sorted(info.eos_token_ids),
+            kv_cache_bytes=info.kv_cache_bytes,
+            kv_bytes_per_token=info.kv_bytes_per_token,
             has_chat_template=self._served.tokenizer.has_chat_template,
             default_sampling=sampling_message(info.default_sampling, info),
         )

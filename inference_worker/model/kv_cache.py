@@ -81,8 +81,13 @@ class KVCache:
         values = self.values[layer].index_select(0, block_ids)
         return keys.flatten(0, 1), values.flatten(0, 1)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all blocks."""
+        return self.num_blocks * self.block_size * self.bytes_per_token
+
     def __str__(self) -> str:
-        size = self.num_blocks * self.block_size * self.bytes_per_token
+        size = self.num_bytes
         shown = f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / _MIB:.1f} MiB"
         each = self.bytes_per_token / _KIB
         return (

@@ -102,7 +102,10 @@ def load_model(settings: LoadSettings) -> ServedModel:
             parameter_count=num_parameters,
             eos_token_ids=_eos_token_ids(model),
             default_sampling=default_sampling(_generation_config(settings.model)),
-            kv_cache=runner.description,
+            kv_cache=f"{runner.description}; a sequence of {context_length} tokens takes "
+            f"{context_length * runner.cache.bytes_per_token / _MIB:.1f} MiB",
+            kv_cache_bytes=runner.cache.num_bytes,
+            kv_bytes_per_token=runner.cache.bytes_per_token,
         ),
         tokenizer=tokenizer,
         runner=runner,

@@ -190,7 +190,13 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
             )
             trailing = rpc_status.to_status(rich).trailing_metadata
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such model", trailing)
-        response = pb.GetModelResponse(model=MODEL, aliases=[ALIAS, "dummy"], context_length=2048)
+        response = pb.GetModelResponse(
+            model=MODEL,
+            aliases=[ALIAS, "dummy"],
+            context_length=2048,
+            kv_cache_bytes=2**20,
+            kv_bytes_per_token=512,
+        )
         response.loaded_at.seconds = CREATED
         return response
 

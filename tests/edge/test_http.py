@@ -181,6 +181,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert model["created"] == CREATED
     assert model["owned_by"] == "sluice"
     assert (await http.get(f"/v1/models/{MODEL}")).json() == model
+    assert (model["kv_cache_bytes"], model["kv_bytes_per_token"]) == (2**20, 512)
     alias = (await http.get("/v1/models/default")).json()
     assert alias == model | {"id": "default"}
     missing = await http.get("/v1/models/gpt-99")

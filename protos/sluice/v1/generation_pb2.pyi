@@ -1221,6 +1221,8 @@ class GetModelResponse(google.protobuf.message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: builtins.int
     LOADED_AT_FIELD_NUMBER: builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Its own name."""
     context_length: builtins.int
@@ -1237,6 +1239,12 @@ class GetModelResponse(google.protobuf.message.Message):
     """Number of parameters."""
     has_chat_template: builtins.bool
     """Whether the checkpoint has a chat template."""
+    kv_cache_bytes: builtins.int
+    """Memory of the whole KV cache. 0 where nothing is known of it."""
+    kv_bytes_per_token: builtins.int
+    """Memory that one token takes in the KV cache; a sequence at full length takes context_length times as much. 0 where
+    nothing is known of it.
+    """
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Other names it answers to."""
@@ -1268,9 +1276,11 @@ class GetModelResponse(google.protobuf.message.Message):
         has_chat_template: builtins.bool = ...,
         default_sampling: Global___Sampling | None = ...,
         loaded_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        kv_cache_bytes: builtins.int = ...,
+        kv_bytes_per_token: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_sampling", b"default_sampling", "loaded_at", b"loaded_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "context_length", b"context_length", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "loaded_at", b"loaded_at", "model", b"model", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "context_length", b"context_length", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "loaded_at", b"loaded_at", "model", b"model", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size"]) -> None: ...
 
 Global___GetModelResponse: typing_extensions.TypeAlias = GetModelResponse
 

@@ -45,6 +45,11 @@ def test_a_loaded_model_serves(checkpoint: Path) -> None:
     assert (info.context_length, info.vocabulary_size, info.device) == (CONTEXT, 260, "cpu")
     assert info.eos_token_ids == {7}
     assert info.parameter_count > 10_000
+    # two layers keep keys and values of two heads of 16 float32 numbers
+    assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    runner = served.runner
+    assert info.kv_cache_bytes == runner.num_blocks * runner.block_size * info.kv_bytes_per_token
+    assert f"a sequence of {CONTEXT} tokens takes" in info.kv_cache
     assert served.tokenizer.encode("Hi")
     expected = generate(build_from(config("Llama", vocab_size=260)), prompt_of(9), 8)
     sequence = new_sequence(prompt_of(9))
