@@ -81,6 +81,17 @@ def test_sampling_measures_every_kind(tmp_path: Path) -> None:
     assert all(float(row[3]) > 0 for row in found)
 
 
+def test_conversations_show_what_the_prefix_cache_saves(tmp_path: Path) -> None:
+    flags = ("--turns=3", "--words=20", f"--model={CHECKPOINT}")
+    found = quick("benchmarks.multi_turn", tmp_path / "RESULTS.md", *flags)
+    assert [row[:2] for row in found] == [[n, state] for n in "123" for state in ("on", "off")]
+    for before, row in zip(found[:-2], found[2:], strict=True):
+        prompt_tokens, cached = int(row[2]), int(row[3])
+        # all that the last turn computed is there, but for its last block
+        assert cached == 0 if row[1] == "off" else int(before[2]) - 16 <= cached < prompt_tokens
+    assert {row[3] for row in found[:2]} == {"0"}
+
+
 def test_an_answer_that_is_not_the_models_own_is_no_result() -> None:
     prompts = make_prompts(2, num_tokens=20, seed=1)
     generator = Sluice(CHECKPOINT, "bfloat16", threads=1)
