@@ -138,6 +138,9 @@ def _responses(operation: Operation) -> dict[str, Any]:
         content["application/json"] = {"schema": _ref(operation.answer)}
     if operation.events:
         content["text/event-stream"] = _event_stream(operation)
+    for media_type, held in operation.other_content.items():
+        content[media_type] = {"schema": {"type": "string", "format": "binary"}}
+        content[media_type]["schema"]["description"] = held
     responses: dict[str, Any] = {
         "200": {"description": "Done.", "headers": _ID_HEADERS, "content": content}
     }

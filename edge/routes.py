@@ -1,7 +1,8 @@
 """The route table: what is served where, and what its document says."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp
 from edge import response_schema as shape
 from edge.dialects import (
     native,
+    native_frames,
     openai_chat,
     openai_completions,
     tgi,
@@ -58,6 +60,8 @@ class Operation:
     # Data of the server-sent events, by event name; "" where events have none.
     events: dict[str, type[BaseModel]] = field(default_factory=dict)
     other_answers: dict[int, str] = field(default_factory=dict)
+    # Other media types that the 200 may have, and what they hold.
+    other_content: dict[str, str] = field(default_factory=dict)
     # How a stream of events without names ends.
     last_event: str = "Ends with `data: [DONE]`."
     # The body of every failure.
@@ -131,6 +135,10 @@ def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operatio
         "finished": shape.StreamFinished,
         "failed": shape.Error,
     }
+    frames = {
+        native_frames.MEDIA_TYPE: "The same as frames, where Accept asks for them: tag (1 byte), length (4 bytes,"
+        " big-endian) and the event's data. Tags: started 2, delta 3, finished 4, failed 5."
+    }
     reconnect = {204: "The stream that Last-Event-ID names has ended; an EventSource stops."}
     return [
         Operation(
@@ -143,6 +151,7 @@ def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operatio
             body=native.StreamRequest,
             events=events,
             other_answers=reconnect,
+            other_content=frames,
         ),
         Operation(
             "GET",
@@ -154,6 +163,7 @@ def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operatio
             query=native.StreamQuery,
             events=events,
             other_answers=reconnect,
+            other_content=frames,
         ),
         Operation(
             "DELETE",
@@ -313,12 +323,16 @@ async def _from_query(request: Request, limits: PromptLimits) -> ParsedRequest: 
 
 
 def _resumable(parse: Parse) -> Parse:
-    """Answers readers that reconnect; others get a new stream."""
+    """Answers readers that reconnect; others get a new stream, as events or as frames."""
 
     async def parse_unless_ended(request: Request, limits: PromptLimits) -> ParsedRequest | None:
         last_event_id = request.headers.get("last-event-id", "")
         if last_event_id and native.has_ended(last_event_id):
             return None
-        return await parse(request, limits)
+        parsed = await parse(request, limits)
+        if parsed is not None and native_frames.are_wanted(request.headers.get("accept", "")):
+            encoder = partial(native_frames.FrameEncoder, parsed.generation_id)
+            return replace(parsed, encoder=encoder)
+        return parsed
 
     return parse_unless_ended

@@ -77,6 +77,12 @@ async def test_every_error_status_is_in_it(document: dict[str, Any]) -> None:
                 assert {204, 410} <= documented
 
 
+async def test_frames_are_in_it(document: dict[str, Any]) -> None:
+    for method in ("get", "post"):
+        content = document["paths"]["/v1/streams"][method]["responses"]["200"]["content"]
+        assert content["application/octet-stream"]["schema"]["format"] == "binary"
+
+
 async def test_every_parameter_is_in_it(document: dict[str, Any]) -> None:
     get = document["paths"]["/v1/streams"]["get"]
     query = {p["name"]: p for p in get["parameters"] if p["in"] == "query"}

@@ -1,0 +1,1 @@
+"""What users may begin with; each file stands alone."""

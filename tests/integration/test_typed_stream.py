@@ -1,0 +1,31 @@
+"""The example that reads typed frames, as a program, before the embedded model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from protos.sluice.v1 import generation_pb2 as pb
+from tests.integration.stack import ROOT, Stack
+
+PROMPT = "Once upon a time"
+
+
+def test_the_example_prints_header_items_and_footer(stack: Stack) -> None:
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT))
+    messages = list(stack.stub.Generate(request))
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "typed_stream.py", stack.url, PROMPT],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd="/",  # it needs nothing of this repository
+    )
+    header, *items, footer = done.stdout.splitlines()
+    assert "model='sluice-tiny'" in header
+    assert "".join(items) == "".join(message.delta.text for message in messages)
+    assert len(items) > 5
+    usage = messages[-1].finished.usage
+    assert "finish_reason='stop'" in footer
+    assert f"'completion_tokens': {usage.completion_tokens}" in footer
