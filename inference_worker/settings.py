@@ -65,6 +65,12 @@ class WorkerSettings(BaseSettings):
         "else torch's choice.",
         json_schema_extra=unit("threads"),
     )
+    native: bool = Field(
+        True,
+        description="Run the steps of a model on one CPU thread in C, compiled at the first start if there is a C "
+        "compiler, instead of in torch. For float32 and bfloat16 models of the kinds Llama, Mistral, Qwen2 and Qwen3.",
+        json_schema_extra=unit("bool"),
+    )
     context_length: int | None = Field(
         None,
         ge=2,

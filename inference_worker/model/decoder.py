@@ -45,6 +45,14 @@ class FusedDecoder:
             hidden = layer(hidden, cos, sin, batch)
         return self.head(hidden[wanted])
 
+    def rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions 0 .. count - 1, rounded as the model does, in float32: [count, head dim]."""
+        weight = self.embedding.weight
+        positions = torch.arange(count, device=weight.device)[None]
+        with torch.inference_mode():
+            cos, sin = self.rotary(weight, positions)
+        return cos[0].float().contiguous(), sin[0].float().contiguous()
+
 
 class Layer:
     """One layer: normalised attention and normalised MLP, each added to its input."""

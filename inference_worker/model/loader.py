@@ -19,8 +19,8 @@ from inference_worker.model.architecture import check_config, max_context_length
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_checkpoint import awq_format, finish, native_awq
 from inference_worker.model.decode_graphs import DecodeGraphs, new_capture
-from inference_worker.model.decoder import FusedDecoder, fuse
 from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
+from inference_worker.model.fast_forward import fast_forwards
 from inference_worker.model.forward import Forward, TransformersForward
 from inference_worker.model.kv_cache import KVCache, LayerShape, bytes_per_token, count_blocks
 from inference_worker.model.memory import free_bytes
@@ -52,6 +52,8 @@ class LoadSettings(Protocol):
     def device(self) -> str: ...  # auto, cpu, cuda, cuda:N
     @property
     def threads(self) -> int | None: ...
+    @property
+    def native(self) -> bool: ...  # whether steps may run in C
     @property
     def context_length(self) -> int | None: ...  # tokens
     @property
@@ -128,7 +130,7 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
     )
     try:
         references = self_check.reference_logits(model, samples)
-        runner = _try_fused(model, cache, context_length, samples, references, settings)
+        runner = _try_faster(model, cache, context_length, samples, references, settings)
         if runner is None:
             runner = ModelRunner(
                 TransformersForward(model), cache, is_steady=settings.deterministic
@@ -148,7 +150,7 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
     return runner
 
 
-def _try_fused(
+def _try_faster(
     model: PreTrainedModel,
     cache: KVCache,
     context_length: int,
@@ -156,22 +158,34 @@ def _try_fused(
     references: list[torch.Tensor],
     settings: LoadSettings,
 ) -> ModelRunner | None:
-    """A runner of the fused decoder, if there is one for the model and it passes the check."""
-    try:
-        if (decoder := fuse(model)) is None:
-            return None
-        forward = _with_kernels(decoder, cache, context_length)
-        runner = ModelRunner(forward, cache, is_steady=settings.deterministic)
-        self_check.check(runner, samples, references)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the general path serves what the fast one cannot
-        _log.warning("the fused decoder is not used: %s", _first_line(error))
-        return None
-    graphs = _capture(forward, cache, context_length, settings)
-    if graphs is None:
-        return runner
-    captured = ModelRunner(forward, cache, graphs=graphs)
+    """A runner that does without the model's own code, if there is one for the model and it passes the check."""
+    for forward in fast_forwards(model, cache, context_length, native=settings.native):
+        try:
+            runner = ModelRunner(forward, cache, is_steady=settings.deterministic)
+            self_check.check(runner, samples, references)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the general path serves what the fast ones cannot
+            _log.warning("%s is not used: %s", type(forward).__name__, _first_line(error))
+        else:
+            graphs = _capture(forward, cache, context_length, settings)
+            return (
+                runner
+                if graphs is None
+                else _try_graphs(runner, forward, graphs, samples, references)
+            )
+    return None
+
+
+def _try_graphs(
+    runner: ModelRunner,
+    forward: Forward,
+    graphs: DecodeGraphs,
+    samples: list[self_check.Sample],
+    references: list[torch.Tensor],
+) -> ModelRunner:
+    """A runner with graphs in place of one without, if it passes the check."""
+    captured = ModelRunner(forward, runner.cache, graphs=graphs)
     try:
         self_check.check(captured, samples, references)
     except (
@@ -197,16 +211,6 @@ def _capture(
     except RuntimeError as error:
         _log.warning("decode graphs are not used: %s", _first_line(error))
         return None
-
-
-def _with_kernels(decoder: FusedDecoder, cache: KVCache, context_length: int) -> Forward:
-    """The decoder, its layers computed by kernels where the cache uses them."""
-    if not cache.uses_kernels:
-        return decoder
-    # triton need not be installed where there is no GPU
-    from inference_worker.model.kernel_decoder import KernelDecoder
-
-    return KernelDecoder(decoder, context_length)
 
 
 def _can_use_kernels(device: torch.device, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from inference_worker.engine.runner import DeviceLost, InFlight, OutOfMemory, Ro
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model.batch import Span, pack
 from inference_worker.model.decode_graphs import DecodeGraphs
-from inference_worker.model.fixed_passes import FixedPasses
+from inference_worker.model.fixed_passes import steady
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.sampler import BadLogits, Drawn, draw, greatest
@@ -41,7 +41,7 @@ class ModelRunner:
         """
         self.is_steady = is_steady
         self._graphs = None if is_steady else graphs
-        self._forward: Forward | None = FixedPasses(forward) if is_steady else forward
+        self._forward: Forward | None = steady(forward) if is_steady else forward
         self._cache: KVCache | None = cache
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size

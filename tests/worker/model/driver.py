@@ -30,6 +30,7 @@ class Settings:
     dtype: str = "auto"
     device: str = "cpu"
     threads: int | None = None
+    native: bool = False
     context_length: int | None = None
     max_running: int = 8
     block_size: int = 4
@@ -40,10 +41,15 @@ class Settings:
 
 
 def new_runner(
-    model: PreTrainedModel, block_size: int = 4, *, deterministic: bool = False
+    model: PreTrainedModel,
+    block_size: int = 4,
+    *,
+    deterministic: bool = False,
+    native: bool = False,
 ) -> ModelRunner:
     """A runner that passed its own check."""
-    return make_runner(model, CONTEXT, Settings(block_size=block_size, deterministic=deterministic))
+    settings = Settings(block_size=block_size, deterministic=deterministic, native=native)
+    return make_runner(model, CONTEXT, settings)
 
 
 def new_sequence(

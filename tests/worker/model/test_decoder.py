@@ -162,7 +162,7 @@ def test_a_fused_decoder_that_is_wrong_is_not_used(
     expected = generate(model, prompt_of(17), NUM_TOKENS)
     with caplog.at_level(logging.WARNING):
         runner = new_runner(model)
-    assert "the fused decoder is not used: " in caplog.text
+    assert "FusedDecoder is not used: " in caplog.text
     sequence = new_sequence(prompt_of(17))
     Driver(runner).run([sequence], NUM_TOKENS)
     assert sequence.token_ids == expected

@@ -1,0 +1,42 @@
+"""Which forward passes a model has beside its own code."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from inference_worker.model.decoder import fuse
+from inference_worker.model.forward import Forward
+from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.native.decoder import NativeDecoder, Unfit
+from inference_worker.model.native.library import CannotCompile
+
+_log = logging.getLogger(__name__)
+
+
+def fast_forwards(
+    model: PreTrainedModel, cache: KVCache, context_length: int, *, native: bool
+) -> Iterator[Forward]:
+    """Forward passes that are faster than the model's own code, the fastest first; none for most models.
+
+    `native` allows the one in C. It runs on one thread, so it is there where torch would use no more either.
+    """
+    if (fused := fuse(model)) is None:
+        return
+    if cache.uses_kernels:
+        # triton need not be installed where there is no GPU
+        from inference_worker.model.kernel_decoder import KernelDecoder
+
+        yield KernelDecoder(fused, context_length)
+        return
+    if native and cache.device.type == "cpu" and torch.get_num_threads() == 1:
+        try:
+            yield NativeDecoder(fused, cache)
+        except Unfit as reason:
+            _log.debug("no forward pass in C: %s", reason)
+        except CannotCompile as error:
+            _log.warning("steps run in torch, not in C: %s", error)
+    yield fused

@@ -1,0 +1,228 @@
+"""The fused decoder as one call of C a step, for one thread of a CPU.
+
+A small model's step in torch costs mostly the calls: some three hundred operations of a few microseconds each. Here it
+is one, which holds no lock of Python's meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from inference_worker.model.batch import Batch
+from inference_worker.model.decoder import FusedDecoder, Layer
+from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.native.library import load_library
+from inference_worker.model.projection import Projection
+
+_VECTOR: Final = 32  # what sizes of vectors are multiples of
+_HEAD_VECTOR: Final = 16
+_MAX_HEAD: Final = 256
+_FIRST_POSITIONS: Final = 2048  # whose rotation is computed at the start
+_LAYER_TENSORS: Final = [
+    "input_norm",
+    "qkv",
+    "qkv_bias",
+    "query_norm",
+    "key_norm",
+    "output",
+    "output_bias",
+    "mlp_norm",
+    "gate_up",
+    "gate_up_bias",
+    "down",
+    "down_bias",
+    "keys",
+    "values",
+]
+_MODEL_SIZES: Final = [
+    "num_layers",
+    "size",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "mlp_size",
+    "vocabulary",
+    "block_size",
+]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in _LAYER_TENSORS), ("window", ctypes.c_int64)]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _MODEL_SIZES),
+        ("epsilon", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "head_bias")),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [
+        ("num_tokens", ctypes.c_int64),
+        ("num_wanted", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ["token_ids", "positions", "slots", "blocks", "wanted", "cosine", "sine"]
+        ),
+    ]
+
+
+class Unfit(Exception):
+    """The C code does not know something of this model; the message is one line."""
+
+
+class NativeDecoder:
+    """The forward pass of a fused decoder in C: a `Forward` whose logits are float32.
+
+    It computes on the same weights and the same cache. A token's logits do not depend on what else is in its batch.
+    """
+
+    def __init__(self, decoder: FusedDecoder, cache: KVCache) -> None:
+        """Raises: Unfit; CannotCompile."""
+        _check(decoder, cache)
+        library = load_library(cache.dtype)
+        self._forward = library.forward
+        self._scratch_size = library.scratch_size
+        self._scratch_size.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self._scratch_size.restype = ctypes.c_int64
+        self._forward.argtypes = [ctypes.c_void_p] * 4
+        self._forward.restype = None
+        self._decoder = decoder  # keeps the weights alive
+        self._cache = cache
+        self._layers = (_Layer * len(decoder.layers))(
+            *(_layer(layer, cache) for layer in decoder.layers)
+        )
+        self._model = _model(decoder, cache, self._layers)
+        self._scratch = torch.empty(0)
+        self._cosine, self._sine = decoder.rotation(_FIRST_POSITIONS)
+
+    def __call__(self, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
+        """See Forward."""
+        longest = int(batch.positions.max()) + 1
+        if longest > len(self._cosine):
+            self._cosine, self._sine = self._decoder.rotation(2 * longest)
+        num_floats = self._scratch_size(ctypes.byref(self._model), len(batch.positions), longest)
+        if num_floats > len(self._scratch):
+            self._scratch = torch.empty(num_floats)
+        blocks, tables = _blocks(batch)
+        inputs = [x.contiguous() for x in (batch.input_ids, batch.positions, batch.slots)]
+        tokens = _Tokens(
+            len(batch.positions),
+            len(wanted),
+            *(x.data_ptr() for x in inputs),
+            blocks.ctypes.data,
+            wanted.data_ptr(),
+            self._cosine.data_ptr(),
+            self._sine.data_ptr(),
+        )
+        logits = torch.empty(len(wanted), self._model.vocabulary)
+        self._forward(
+            ctypes.byref(self._model),
+            ctypes.byref(tokens),
+            self._scratch.data_ptr(),
+            logits.data_ptr(),
+        )
+        del tables  # alive until here: `blocks` points into them
+        return logits
+
+
+def _blocks(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.uintp]], list[torch.Tensor]]:
+    """By token the address of its sequence's block ids, and the tensors that hold these."""
+    addresses = np.empty(len(batch.positions), dtype=np.uintp)
+    tables: list[torch.Tensor] = []
+    for rows in batch.decode:
+        table = rows.block_table.long().contiguous()
+        stride = table.shape[1] * table.itemsize
+        addresses[rows.first : rows.last] = table.data_ptr() + stride * np.arange(len(table))
+        tables.append(table)
+    for chunk in batch.chunks:
+        table = chunk.block_ids.long().contiguous()
+        addresses[chunk.first : chunk.last] = table.data_ptr()
+        tables.append(table)
+    return addresses, tables
+
+
+def _check(decoder: FusedDecoder, cache: KVCache) -> None:
+    if cache.device.type != "cpu":
+        raise Unfit("it is for a CPU")
+    first = decoder.layers[0]
+    projections = [_matrix(decoder.head.projection)]
+    norms = [decoder.head.norm]
+    for layer in decoder.layers:
+        projections += map(_matrix, (layer.qkv, layer.output, layer.gate_up, layer.down))
+        norms += [layer.input_norm, layer.mlp_norm]
+        norms += [norm for norm in (layer.query_norm, layer.key_norm) if norm is not None]
+        if (layer.heads, layer.head_dim, layer.scaling) != (
+            first.heads,
+            first.head_dim,
+            first.scaling,
+        ):
+            raise Unfit("its layers differ in size")
+        activation: Any = layer.activation
+        if not isinstance(activation, nn.SiLU | SiLUActivation):
+            raise Unfit(f"its activation is {type(activation).__name__}")
+    if len({norm.epsilon for norm in norms}) != 1:
+        raise Unfit("its norms differ")
+    if any(p.in_features % _VECTOR for p in projections):
+        raise Unfit(f"its sizes are not multiples of {_VECTOR}")
+    if first.head_dim % _HEAD_VECTOR or first.head_dim > _MAX_HEAD:
+        raise Unfit(f"its heads have {first.head_dim} elements")
+
+
+def _matrix(projection: Projection) -> nn.Linear:
+    linear: Any = projection
+    if type(linear) is nn.Linear and linear.weight.is_contiguous():
+        return linear
+    raise Unfit("its projections are not plain matrices")
+
+
+def _layer(layer: Layer, cache: KVCache) -> _Layer:
+    tensors: dict[str, torch.Tensor | None] = {
+        "input_norm": layer.input_norm.weight,
+        "mlp_norm": layer.mlp_norm.weight,
+        "query_norm": None if layer.query_norm is None else layer.query_norm.weight,
+        "key_norm": None if layer.key_norm is None else layer.key_norm.weight,
+        "keys": cache.keys[layer.index],
+        "values": cache.values[layer.index],
+    }
+    for name in ("qkv", "output", "gate_up", "down"):
+        projection = _matrix(getattr(layer, name))
+        tensors[name], tensors[f"{name}_bias"] = projection.weight, projection.bias
+    window = cache.layers[layer.index].window or 0
+    return _Layer(**{name: _address(x) for name, x in tensors.items()}, window=window)
+
+
+def _model(decoder: FusedDecoder, cache: KVCache, layers: ctypes.Array[_Layer]) -> _Model:
+    first, head = decoder.layers[0], _matrix(decoder.head.projection)
+    num_heads, num_kv_heads, _ = first.heads
+    return _Model(
+        num_layers=len(layers),
+        size=head.in_features,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=first.head_dim,
+        mlp_size=_matrix(first.down).in_features,
+        vocabulary=head.out_features,
+        block_size=cache.block_size,
+        epsilon=decoder.head.norm.epsilon,
+        scaling=first.scaling,
+        embedding=_address(decoder.embedding.weight),
+        norm=_address(decoder.head.norm.weight),
+        head=_address(head.weight),
+        head_bias=_address(head.bias),
+        layers=layers,
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,188 @@
+"""The forward pass in C: exact against transformers, indifferent to the batch, and never in the way."""
+
+from __future__ import annotations
+
+import logging
+import math
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from inference_worker.model.batch import Span
+from inference_worker.model.decoder import FusedDecoder
+from inference_worker.model.native import library
+from inference_worker.model.native.decoder import NativeDecoder
+from inference_worker.model.runner import ModelRunner
+from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
+from tests.worker.model.test_decoder import FUSED, LENGTHS, NUM_TOKENS, randomise_vectors
+from tests.worker.model.tiny_models import build, build_from, config
+
+UNKNOWN_TO_C = "llama, another activation"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> None:
+    try:
+        library.load_library(torch.float32)
+    except library.CannotCompile as error:
+        pytest.skip(str(error))
+
+
+def native_runner(model: PreTrainedModel, block_size: int = 4) -> ModelRunner:
+    runner = new_runner(model, block_size, native=True)
+    assert isinstance(runner._forward, NativeDecoder)
+    return runner
+
+
+@pytest.mark.parametrize("family", sorted(set(FUSED) - {UNKNOWN_TO_C}))
+def test_greedy_equals_generate(family: str) -> None:
+    model = randomise_vectors(build_from(FUSED[family]()))
+    expected = [generate(model, prompt_of(length), NUM_TOKENS) for length in LENGTHS]
+    sequences = [new_sequence(prompt_of(length)) for length in LENGTHS]
+    Driver(native_runner(model), max_chunk=7).run(sequences, NUM_TOKENS)
+    assert [s.token_ids for s in sequences] == expected
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+def test_any_block_size(block_size: int) -> None:
+    model = build("mistral, window")
+    expected = [generate(model, prompt_of(length), NUM_TOKENS) for length in LENGTHS]
+    sequences = [new_sequence(prompt_of(length)) for length in LENGTHS]
+    Driver(native_runner(model, block_size), max_chunk=9).run(sequences, NUM_TOKENS)
+    assert [s.token_ids for s in sequences] == expected
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128, 256])
+def test_any_size_of_heads(head_dim: int) -> None:
+    model = build_from(config("Llama", head_dim=head_dim, vocab_size=150, intermediate_size=160))
+    expected = generate(model, prompt_of(17, vocabulary=150), NUM_TOKENS)
+    sequence = new_sequence(prompt_of(17, vocabulary=150))
+    Driver(native_runner(model)).run([sequence], NUM_TOKENS)
+    assert sequence.token_ids == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "qwen3, query norms"])
+def test_half_precision_is_as_near_to_full_as_the_models_own(family: str) -> None:
+    """It rounds less often, never worse."""
+    model = randomise_vectors(build_from(FUSED[family]()))
+    ids = prompt_of(34)
+    with torch.inference_mode():
+        exact = model(torch.tensor([ids]), use_cache=False).logits[0]
+        model.bfloat16()
+        own = model(torch.tensor([ids]), use_cache=False).logits[0]
+    logits = logits_of(native_runner(model), [ids])[0]
+    assert float((logits - exact).norm()) < 1.2 * float((own.float() - exact).norm())
+
+
+def logits_of(
+    runner: ModelRunner, prompts: list[list[int]], chunk: int = 1000
+) -> list[torch.Tensor]:
+    """Logits [tokens, vocabulary] of each prompt, all computed together, in chunks."""
+    driver = Driver(runner)
+    sequences = [new_sequence(ids) for ids in prompts]
+    for sequence in sequences:
+        driver.reserve(sequence, len(sequence.token_ids))
+    parts: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for start in range(0, max(map(len, prompts)), chunk):
+        spans = [
+            (i, Span(s.token_ids, start, min(start + chunk, len(s.token_ids)), s.block_table))
+            for i, s in enumerate(sequences)
+            if start < len(s.token_ids)
+        ]
+        spans.sort(key=lambda pair: not pair[1].is_decode)
+        sizes = [span.stop - span.start for _, span in spans]
+        logits = runner.logits([span for _, span in spans], range(sum(sizes)))
+        for (i, _), rows in zip(spans, torch.split(logits, sizes), strict=True):
+            parts[i].append(rows)
+    return [torch.cat(rows) for rows in parts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_computed_the_same_whatever_shares_its_step(dtype: torch.dtype) -> None:
+    """To the last bit: alone or among others, in one chunk, in several, or token by token."""
+    model: PreTrainedModel = randomise_vectors(build("qwen3, query norms"))
+    model.to(dtype)  # type: ignore[arg-type]
+    runner = native_runner(model)
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((34, 1, 17, 20, 5, 9, 3, 11))]
+    alone = [logits_of(runner, [ids])[0] for ids in prompts]
+    for chunk in (1, 5, 1000):
+        together = logits_of(runner, prompts, chunk)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_deterministic_takes_it_as_it_is() -> None:
+    runner = new_runner(build("llama"), native=True, deterministic=True)
+    assert isinstance(runner._forward, NativeDecoder)
+
+
+def test_positions_beyond_those_computed_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_worker.model.native.decoder._FIRST_POSITIONS", 8)
+    model = build("llama")
+    expected = generate(model, prompt_of(34), NUM_TOKENS)
+    sequence = new_sequence(prompt_of(34))
+    Driver(native_runner(model), max_chunk=7).run([sequence], NUM_TOKENS)
+    assert sequence.token_ids == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_in_its_row(dtype: torch.dtype) -> None:
+    model: PreTrainedModel = build("llama")
+    model.to(dtype)  # type: ignore[arg-type]
+    runner = native_runner(model)
+    healthy = logits_of(runner, [[5, 6, 7]])[0]
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[66] = math.nan
+    sick, other = logits_of(runner, [[1, 66, 2], [5, 6, 7]])
+    assert not bool(sick[1:].isfinite().any())
+    assert bool(sick[0].isfinite().all())
+    assert torch.equal(other, healthy)
+
+
+def test_models_that_it_does_not_know_run_in_torch() -> None:
+    for model in (
+        build_from(FUSED[UNKNOWN_TO_C]()),
+        build_from(config("Llama", hidden_size=72, head_dim=16)),
+        build_from(config("Llama", head_dim=24)),
+        build("llama").to(torch.float16),  # type: ignore[arg-type]
+    ):
+        assert isinstance(new_runner(model, native=True)._forward, FusedDecoder)
+
+
+def test_more_threads_are_for_torch() -> None:
+    torch.set_num_threads(2)
+    try:
+        assert isinstance(new_runner(build("llama"), native=True)._forward, FusedDecoder)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("compiler", ["", "false", "/nonexistent/cc"])
+def test_without_a_compiler_torch_serves_and_the_log_says_so(
+    compiler: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PATH", str(tmp_path) if not compiler else "/bin:/usr/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        runner = new_runner(build("llama"), native=True)
+    assert isinstance(runner._forward, FusedDecoder)
+    [line] = [r.getMessage() for r in caplog.records if "steps run in torch, not in C" in r.message]
+    assert "\n" not in line
+
+
+def test_compiled_once_and_for_this_user_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.load_library(torch.float32)
+    [compiled] = (tmp_path / "sluice").iterdir()
+    assert stat.S_IMODE(compiled.parent.stat().st_mode) == 0o700
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setattr(library, "_compile", None)  # a second compilation would fail
+    library.load_library(torch.float32)
