@@ -30,8 +30,8 @@ class Plan:
     shape: Shape = TEN_MILLION
     weights: tuple[str, ...] = ("float32", "bfloat16")
     concurrency: tuple[int, ...] = (1, 8, 32)
-    prompt_tokens: int = 32
-    new_tokens: int = 16
+    prompt_tokens: int = 16
+    new_tokens: int = 8
     repetitions: int = 2
 
 
