@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2
 from pydantic import Field
 
 from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
+from edge.dialects.constraint import JsonSchema, of_choice, of_schema
 from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.schema import (
     Items,
@@ -55,12 +56,42 @@ class StreamFields(SamplingFields, StoppingFields):
     )
 
 
+class StreamConstraint(RequestModel):
+    """A language that the text of each choice belongs to. Exactly one of these."""
+
+    json_schema: JsonSchema | None = None
+    regex: str | None = Field(None, description="A regular expression that the whole text matches.")
+    choice: Items[str] | None = Field(None, description="Texts to choose from.")
+    lark: str | None = Field(None, description="A Lark grammar.")
+
+    def message(self) -> pb.Constraint:
+        """In the contract's words. Raises a 400 for more than one, or none."""
+        given = [
+            constraint
+            for constraint in (
+                None if self.json_schema is None else of_schema(self.json_schema),
+                None if self.regex is None else pb.Constraint(regex=self.regex),
+                None if self.choice is None else of_choice(self.choice),
+                None if self.lark is None else pb.Constraint(lark=self.lark),
+            )
+            if constraint is not None
+        ]
+        if len(given) != 1:
+            raise invalid_request(
+                "Give exactly one of json_schema, regex, choice and lark.", "constraint"
+            )
+        return given[0]
+
+
 class StreamRequest(StreamFields):
     """Body of POST /v1/streams. Exactly one of prompt, token_ids and messages."""
 
     prompt: str | None = Field(None, description="Plain text.")
     token_ids: SomeItems[Uint32] | None = Field(None, description="A prompt of token ids.")
     messages: SomeItems[StreamMessage] | None = Field(None, description="A conversation.")
+    constraint: StreamConstraint | None = Field(
+        None, description="A language that the text of each choice belongs to."
+    )
 
 
 class StreamQuery(StreamFields):
@@ -85,15 +116,20 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
         raise invalid_request(
             "Give exactly one of prompt, token_ids and messages.", given[1] if given else "prompt"
         )
+    constraint = None if stream.constraint is None else stream.constraint.message()
+    return _parsed(stream, _prompt(stream), constraint)
+
+
+def _prompt(stream: StreamRequest) -> pb.Prompt:
     if stream.messages is not None:
         messages = [
             pb.ChatMessage(role=message.role, content=message.content, name=message.name)
             for message in stream.messages
         ]
-        return _parsed(stream, pb.Prompt(chat=pb.Chat(messages=messages)))
+        return pb.Prompt(chat=pb.Chat(messages=messages))
     if stream.token_ids is not None:
-        return _parsed(stream, pb.Prompt(token_ids=pb.TokenIds(ids=stream.token_ids)))
-    return _parsed(stream, pb.Prompt(text=stream.prompt or ""))
+        return pb.Prompt(token_ids=pb.TokenIds(ids=stream.token_ids))
+    return pb.Prompt(text=stream.prompt or "")
 
 
 def parse_query(parameters: list[tuple[str, str]]) -> ParsedRequest:
@@ -128,7 +164,9 @@ def has_ended(last_event_id: str) -> bool:
     )
 
 
-def _parsed(stream: StreamFields, prompt: pb.Prompt) -> ParsedRequest:
+def _parsed(
+    stream: StreamFields, prompt: pb.Prompt, constraint: pb.Constraint | None = None
+) -> ParsedRequest:
     request_id = new_id(_ID_PREFIX)
     request = pb.GenerateRequest(
         request_id=request_id,
@@ -143,6 +181,7 @@ def _parsed(stream: StreamFields, prompt: pb.Prompt) -> ParsedRequest:
             prompt_logprobs=stream.prompt_logprobs,
         ),
         n=stream.n,
+        constraint=constraint,
     )
     names = field_names(
         {
@@ -154,6 +193,7 @@ def _parsed(stream: StreamFields, prompt: pb.Prompt) -> ParsedRequest:
             "prompt.token_ids.ids": "token_ids",
             "stopping.stop_sequences": "stop",
             "output.token_ids": "return_token_ids",
+            "constraint": "constraint",
         }
     )
     encoder = partial(NativeEncoder, request_id)

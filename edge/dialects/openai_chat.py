@@ -60,12 +60,6 @@ class ChatMessage(RequestModel):
         return "".join(part.text for part in self.content)
 
 
-class TextFormat(RequestModel):
-    """The only response format there is."""
-
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(OpenAIFields):
     """Body of POST /v1/chat/completions."""
 
@@ -81,7 +75,6 @@ class ChatCompletionRequest(OpenAIFields):
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
     modalities: Items[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
@@ -95,7 +88,6 @@ class ChatCompletionRequest(OpenAIFields):
         "tool_choice",
         "functions",
         "function_call",
-        "response_format",
         "modalities",
         "audio",
         "prediction",
@@ -118,6 +110,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
     if chat.top_logprobs is not None and not chat.logprobs:
         raise invalid_request("top_logprobs needs logprobs to be true.", "top_logprobs")
     generation_id = new_id("chatcmpl")
+    constraint, constraint_names = chat.constraint()
     request = pb.GenerateRequest(
         request_id=generation_id,
         model=chat.model,
@@ -126,6 +119,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
         stopping=chat.stopping(_max_tokens(chat)),
         output=pb.Output(logprobs=(chat.top_logprobs or 0) if chat.logprobs else None),
         n=chat.n,
+        constraint=constraint,
     )
     return ParsedRequest(
         generation_id,
@@ -149,6 +143,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
                 else "max_tokens",
                 "stopping.stop_sequences": "stop",
                 "output.logprobs": "top_logprobs",
+                **constraint_names,
             }
         ),
     )

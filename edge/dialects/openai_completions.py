@@ -85,7 +85,8 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
     completion.require_stream_for_options()
     prompts = completion.prompts()
     generation_id = new_id("cmpl")
-    template = _template(completion)
+    constraint, constraint_names = completion.constraint()
+    template = _template(completion, constraint)
     requests = []
     for index, prompt in enumerate(prompts):
         request = pb.GenerateRequest()
@@ -107,7 +108,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
             len(prompts),
         ),
         partial(CompletionCollector, generation_id, has_logprobs),
-        field_names(_names(completion)),
+        field_names(_names(completion) | constraint_names),
     )
 
 
@@ -117,7 +118,9 @@ def _refuse_many_prompts(prompt: object, limit: int) -> None:
         raise invalid_request(f"prompt: at most {limit} at once.", "prompt")
 
 
-def _template(completion: CompletionRequest) -> pb.GenerateRequest:
+def _template(
+    completion: CompletionRequest, constraint: pb.Constraint | None
+) -> pb.GenerateRequest:
     logprobs = agreed({"logprobs": completion.logprobs, "top_n_tokens": completion.top_n_tokens})
     echo = agreed({"echo": completion.echo, "return_full_text": completion.return_full_text})
     if completion.stop is not None and completion.stop_sequences is not None:
@@ -139,6 +142,7 @@ def _template(completion: CompletionRequest) -> pb.GenerateRequest:
             prompt_logprobs=True if echo and logprobs is not None else None,
         ),
         n=completion.n,
+        constraint=constraint,
     )
     request.stopping.stop_sequences.extend(completion.stop_sequences or [])
     asks_for_sampling = (completion.temperature, completion.top_k, completion.top_p)

@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from edge.dialects.constraint import ConstraintFields
 from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32
 from edge.errors import invalid_request
 
@@ -20,7 +21,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: Literal[False] | None = Field(None, description="Not supported.")
 
 
-class OpenAIFields(SamplingFields, StoppingFields):
+class OpenAIFields(SamplingFields, StoppingFields, ConstraintFields):
     """Fields of both OpenAI routes."""
 
     model: str | None = Field(

@@ -22,8 +22,9 @@ from inference_worker.grammar.vocabulary import Vocabulary
 from inference_worker.tokenizer import Tokenizer
 
 _QUICK_SECONDS: Final = 0.1
-# Between two tokens of a JSON text: without an end to it, a model may well find none.
-_JSON_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,64}"
+# Between two tokens of a JSON text: one space, or a line break and an indentation. Without an end to it, a model may
+# well find none.
+_JSON_WHITESPACE: Final = r"\x20|\x0A(\x20{0,16}|\x09{0,8})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,6 @@ async def test_unsupported_features_are_refused_at_once(client: openai.AsyncOpen
         await client.chat.completions.create(
             model="default",
             messages=[{"role": "user", "content": "x"}],
-            response_format={"type": "json_object"},
+            reasoning_effort="high",
         )
-    assert caught.value.param == "response_format"
+    assert caught.value.param == "reasoning_effort"

@@ -192,8 +192,6 @@ async def test_fields_without_effect_are_accepted(
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
         ("functions", [{"name": "f"}]),
         ("modalities", ["audio"]),
         ("audio", {"voice": "x"}),
