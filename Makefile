@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
 
-.PHONY: help run test lint format protos bench clean
+.PHONY: help run test lint format protos bench gpu clean
 
 help:
 	@echo 'make run     set up, serve the embedded model on http://localhost:8000 (Ctrl-C stops)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
 	@echo 'make bench   measure engine, sampling, prefix cache, transport and cancellation on this machine'
+	@echo 'make gpu     on a machine with a GPU: test and measure what no other can'
 	@echo 'make clean   delete the virtual environment and caches'
 
 run: $(VENV)/installed-serve
@@ -47,6 +48,10 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.multi_turn
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.cancellation
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/pytest tests/gpu tests/worker/model
+	$(BIN)/python -m benchmarks.gpu --keep benchmarks/RESULTS.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from transformers import LlamaConfig
 
 from benchmarks.answer_check import AnswerCheck, WrongAnswer
 from benchmarks.engine import make_prompts
 from benchmarks.generators import GenerationFailed, Output, Sluice
+from benchmarks.gpu import SHAPES
+from benchmarks.gpu_vllm import write_config
 from benchmarks.load_client import StreamFailed
 from benchmarks.recording import read_writes
 from benchmarks.report import Report
@@ -19,6 +22,7 @@ from benchmarks.sampling import KINDS
 from benchmarks.table import Table, percentile, spread
 from benchmarks.transport import measure_bare, measure_edge, running_stack
 from inference_worker.default_model import CHECKPOINT
+from inference_worker.model.awq_checkpoint import awq_format
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +94,30 @@ def test_conversations_show_what_the_prefix_cache_saves(tmp_path: Path) -> None:
         # all that the last turn computed is there, but for its last block
         assert cached == 0 if row[1] == "off" else int(before[2]) - 16 <= cached < prompt_tokens
     assert {row[3] for row in found[:2]} == {"0"}
+
+
+def test_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    kept = tmp_path / "RESULTS.md"
+    found = quick("benchmarks.gpu", kept, "--shape=tiny", "--device=cpu", "--without-vllm")
+    assert [row[:3] for row in found] == [
+        [weights, count, "Sluice"] for weights in ("bfloat16", "awq") for count in "13"
+    ]
+    bounds = [float(row[5]) for row in found]
+    # 4 bits are fewer than 16, and three sequences read more than one
+    assert 0 < bounds[2] < bounds[0] < bounds[1]
+    assert kept.read_text().count("vLLM is left out, as asked") == 2
+
+
+def test_vllm_gets_the_same_shape(tmp_path: Path) -> None:
+    write_config(tmp_path, "8B", "awq")
+    config, shape = LlamaConfig.from_pretrained(tmp_path), SHAPES["8B"]
+    assert config.head_dim == 128
+    assert (config.vocab_size, config.hidden_size) == (shape.vocabulary, shape.hidden)
+    assert (config.num_hidden_layers, config.num_key_value_heads) == (32, 8)
+    assert shape.num_parameters == pytest.approx(8.03e9, rel=1e-3)  # as Llama 3.1 8B
+    awq = awq_format(config)
+    assert awq is not None
+    assert awq.group_size == 128
 
 
 def test_an_answer_that_is_not_the_models_own_is_no_result() -> None:

@@ -10,7 +10,13 @@ position 0 and any block table, and whatever it computes reaches no other row.
 
 What runs on a CPU: every kernel, through triton's interpreter, against torch's own operations; and every kernel is
 compiled to machine code for compute capabilities 8.0 and 9.0. What only a GPU can run, and no test without one
-covers: the compiled code itself, and the tile sizes, warps and stages, which no measurement has chosen yet.
+covers (`tests/gpu` does):
+
+- the compiled code itself, and the tile sizes, warps and stages, which no measurement has chosen yet
+- `decode_graphs.CudaCapture`: recording and replaying a graph; all else about graphs is tested with a plain call
+- `varlen`: torch's `varlen_attn` in prefill
+- `transfer`: copies from and to pinned memory, and the event that tells when one is over
+- `runner._on`: the current device of the engine's thread
 """
 
 from __future__ import annotations
