@@ -64,6 +64,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         shared_expert_intermediate_size=32,
     ),
     "qwen3, query norms": lambda: config("Qwen3"),
+    "qwen3 moe, query norms and experts": lambda: config(
+        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
     "gemma2, softcap and alternating window": lambda: config(
         "Gemma2", sliding_window=10, attn_logit_softcapping=0.5, query_pre_attn_scalar=1
     ),
