@@ -10,6 +10,9 @@ within it. No prompt comes twice, so no prefix cache helps. Before the measureme
 warm up. All tokens are checked against a float32 forward pass (answer_check.py): an engine that computed something else
 ends the benchmark.
 
+`awq` rounds the weights to 4 bits (rounded_awq.py); Sluice runs the packed checkpoint, and, like the others, the same
+values in bfloat16.
+
 The time of a measurement runs from the first prompt handed over to the last token. CPU time is the whole process's. An
 engine or form of weights that cannot run here is left out, and the output says why.
 """
@@ -33,12 +36,14 @@ from benchmarks.answer_check import AnswerCheck
 from benchmarks.generators import ContinuousBatching, Generator, Output, Sluice, StaticGenerate
 from benchmarks.random_llama import TEN_MILLION, write_random_llama
 from benchmarks.report import Report
+from benchmarks.rounded_awq import write_awq
 from benchmarks.table import Table, percentile, spread
 from inference_worker.default_model import CHECKPOINT
 from inference_worker.model.errors import LoadError
 
 MODELS: Final = ("10M", "embedded")
-WEIGHTS: Final = ("float32", "bfloat16")
+WEIGHTS: Final = ("float32", "bfloat16", "awq")
+DENSE: Final = "Sluice, the same weights dense"
 _WARM_UP_TOKENS: Final = 4
 _LEAST_TOKEN, _TOKENS_END = (
     3,
@@ -89,7 +94,8 @@ class Measurement:
 
 
 Repetition = dict[str, Measurement]  # by engine
-ENGINES: Final[dict[str, Callable[[Path, str, int], Generator]]] = {
+Maker = Callable[[Path, str, int], Generator]  # from a checkpoint, a dtype and a number of threads
+ENGINES: Final[dict[str, Maker]] = {
     "sluice": Sluice,
     "continuous": lambda folder, weights, _threads: ContinuousBatching(folder, weights),
     "generate": lambda folder, weights, _threads: StaticGenerate(folder, weights),
@@ -108,22 +114,41 @@ def checkpoint(model: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def generators(
+def contest(
     plan: Plan, folder: Path, weights: str
-) -> Iterator[tuple[list[Generator], list[str]]]:
-    """The engines that can run, loaded, and why the others cannot."""
+) -> Iterator[tuple[list[Generator], AnswerCheck, list[str]]]:
+    """The engines that can run, loaded; what checks them; and why the others cannot run."""
     loaded: list[Generator] = []
     missing: list[str] = []
-    try:
-        for engine in plan.engines:
-            try:
-                loaded.append(ENGINES[engine](folder, weights, plan.threads))
-            except (NotHere, LoadError) as error:
-                missing.append(f"{engine} is left out: {error}")
-        yield loaded, missing
-    finally:
-        for generator in loaded:
-            generator.close()
+    with tempfile.TemporaryDirectory() as scratch:
+        makers = {engine: ENGINES[engine] for engine in plan.engines}
+        dense, dtype = folder, weights
+        if weights == "awq":
+            dense, dtype, makers = _awq_makers(folder, Path(scratch), makers)
+        check = AnswerCheck(dense, weights)
+        try:
+            for engine, make in makers.items():
+                try:
+                    loaded.append(make(dense, dtype, plan.threads))
+                except (NotHere, LoadError) as error:
+                    missing.append(f"{engine} is left out: {error}.")
+            yield loaded, check, missing
+        finally:
+            for generator in loaded:
+                generator.close()
+
+
+def _awq_makers(
+    folder: Path, scratch: Path, makers: dict[str, Maker]
+) -> tuple[Path, str, dict[str, Maker]]:
+    """Sluice reads the packed weights; the others, and Sluice again, the same values in bfloat16."""
+    packed, dense = scratch / "awq", scratch / "dense"
+    write_awq(folder, packed, dense)
+    ours: dict[str, Maker] = {
+        "sluice": lambda _folder, _dtype, threads: Sluice(packed, "bfloat16", threads),
+        DENSE: lambda folder, dtype, threads: Sluice(folder, dtype, threads, name=DENSE),
+    }
+    return dense, "bfloat16", ours | {k: make for k, make in makers.items() if k != "sluice"}
 
 
 def make_prompts(count: int, num_tokens: int, seed: int) -> list[list[int]]:
@@ -200,9 +225,8 @@ def run(plan: Plan, model: str, folder: Path) -> Iterator[str]:
     columns = ("Tokens/s", "First token ms", "Gap p50 ms", "Gap p99 ms")
     ratios = ("Sluice ÷ this", "by CPU time")
     for weights in plan.weights:
-        check = AnswerCheck(folder, weights)
         table = Table(("At once", "Engine", *columns, *ratios), labels=2)
-        with generators(plan, folder, weights) as (contenders, missing):
+        with contest(plan, folder, weights) as (contenders, check, missing):
             for concurrency in plan.concurrency if contenders else ():
                 _add_rows(table, concurrency, measure(plan, contenders, check, concurrency))
         yield " ".join([f"{_describe(model)}, {weights}:", *missing])

@@ -97,8 +97,15 @@ class Sluice:
     name = "Sluice"
 
     def __init__(
-        self, folder: Path, dtype: str, threads: int, *, deterministic: bool = False
+        self,
+        folder: Path,
+        dtype: str,
+        threads: int,
+        *,
+        deterministic: bool = False,
+        name: str = name,
     ) -> None:
+        self.name = name
         settings = WorkerSettings(
             model=str(folder),
             dtype=dtype,

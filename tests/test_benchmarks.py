@@ -78,6 +78,13 @@ def test_engine_measures_every_engine(tmp_path: Path) -> None:
         assert [cell != "" for cell in row[6:]] == [row[1] != "Sluice"] * 2
 
 
+def test_engine_measures_awq_beside_the_same_values_dense(tmp_path: Path) -> None:
+    flags = ("--models=embedded", "--weights=awq", "--engines=sluice")
+    found = quick("benchmarks.engine", tmp_path / "RESULTS.md", *flags)
+    names = ["Sluice", "Sluice, the same weights dense"]
+    assert [row[:2] for row in found] == [[n, name] for n in "13" for name in names]
+
+
 def test_sampling_measures_every_kind(tmp_path: Path) -> None:
     flags = ("--distributions=sharp", "--weights=float32")
     found = quick("benchmarks.sampling", tmp_path / "RESULTS.md", *flags)
