@@ -18,7 +18,7 @@ from edge.protocol import EXTENSION, Connection
 CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Asked every few seconds by orchestrators, who must get their answer however many others are connected.
-_PROBES = frozenset({"/health", "/ready"})
+_PROBES = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
 _MAX_DETAILS = 500
 _STATE_KEY = "sluice_record"
 _log = structlog.get_logger("edge.request")

@@ -11,7 +11,7 @@ from edge.dialects.dialect import PromptLimits
 from edge.dialects.schema import validate
 from edge.dialects.tgi import NAMES, refuse
 from edge.dialects.tgi_schema import TgiTokenizeRequest
-from edge.errors import EdgeError
+from edge.errors import ClientGoneError, EdgeError
 from edge.info_endpoints import json_response
 from edge.request_body import read_object
 from edge.request_log import record_of
@@ -55,6 +55,9 @@ class TgiEndpoints:
         except EdgeError as error:
             error.rename_param(NAMES)
             return _refused(request, error)
+        except ClientGoneError:
+            record_of(request.scope).is_client_gone = True
+            return Response(status_code=499)  # for nobody
         return json_response(_spans(body.inputs, answer.token_ids, answer.tokens))
 
 

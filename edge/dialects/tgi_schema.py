@@ -1,12 +1,12 @@
 """Bodies of TGI's routes, as text-generation-inference documents them."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, RootModel
 
 from edge.dialects.schema import Float, Int64, Items, RequestModel, Uint32
 from edge.errors import invalid_request
-from edge.json_codec import encode
 from edge.response_schema import ResponseModel
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -30,7 +30,8 @@ class TgiGrammar(RequestModel):
         schema = self.value
         if self.type == "json_schema" and isinstance(schema, dict) and "schema" in schema:
             schema = schema["schema"]  # {"name": ..., "schema": ...}
-        return pb.Constraint(json_schema=encode(schema).decode())
+        # Not by the edge's own codec, which takes less depth than a body may have.
+        return pb.Constraint(json_schema=json.dumps(schema, separators=(",", ":")))
 
 
 class TgiParameters(RequestModel):

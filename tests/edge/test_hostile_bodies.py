@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from edge.dialects import native, openai_chat, openai_completions, schema
+from edge.dialects import native, openai_chat, openai_completions, schema, tgi, triton
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.errors import EdgeError
 from edge.json_codec import decode_object
@@ -21,6 +21,19 @@ HI = [{"role": "user", "content": "hi"}]
 FIELDS = {f"field{number}": 1 for number in range(MANY)}
 Parse = Callable[[Mapping[str, Any], PromptLimits], ParsedRequest]
 CHAT, COMPLETIONS, NATIVE = openai_chat.parse, openai_completions.parse, native.parse
+
+TGI = tgi.parse
+
+
+def infer(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
+    return triton.parse_infer(body, limits, {"model": "m"})
+
+
+def generate(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
+    return triton.parse_generate(body, limits, {"model": "m"})
+
+
+TEXT = {"name": "TEXT", "datatype": "BYTES", "shape": [MANY], "data": ["x"] * MANY}
 
 BODIES: list[tuple[Parse, dict[str, Any]]] = [
     (CHAT, {"messages": [{}] * MANY}),
@@ -49,6 +62,22 @@ BODIES: list[tuple[Parse, dict[str, Any]]] = [
     (NATIVE, {"messages": [{}] * MANY}),
     (NATIVE, {"token_ids": [-1] * MANY}),
     (NATIVE, {"prompt": "x"} | FIELDS),
+    (TGI, {"inputs": "x"} | FIELDS),
+    (TGI, {"inputs": "x", "parameters": FIELDS}),
+    (TGI, {"inputs": "x", "parameters": {"stop": [1] * MANY}}),
+    (TGI, {"inputs": "x", "parameters": {"grammar": FIELDS}}),
+    (generate, {"text_input": "x", "parameters": FIELDS}),
+    (infer, {"inputs": [{}] * MANY}),
+    (infer, {"inputs": [TEXT] * MANY}),
+    (infer, {"inputs": [TEXT]}),
+    (infer, {"inputs": [TEXT | {"data": [1] * MANY}]}),
+    (infer, {"inputs": [TEXT | {"shape": [-1] * MANY}]}),
+    (infer, {"inputs": [TEXT | {"shape": [2**31 - 1] * 8}]}),
+    (infer, {"inputs": [TEXT | FIELDS]}),
+    (infer, {"inputs": [TEXT | {"parameters": FIELDS}]}),
+    (infer, {"inputs": [TEXT], "outputs": [{}] * MANY}),
+    (infer, {"inputs": [TEXT], "outputs": [{"name": "text_output"}] * MANY}),
+    (infer, {"inputs": [TEXT], "parameters": FIELDS}),
 ]
 
 

@@ -149,6 +149,8 @@ async def test_logprobs_come_through_and_their_absence_fails() -> None:
         ({"sampling": pb.Sampling(repetition_penalty=1.5)}, "sampling.repetition_penalty"),
         ({"sampling": pb.Sampling(logit_bias={1: 1.0})}, "sampling.logit_bias"),
         ({"output": pb.Output(echo=True, logprobs=0, prompt_logprobs=True)}, "output.prompt_logprobs"),
+        ({"constraint": pb.Constraint(regex="a+")}, "constraint"),
+        ({"priority": 3}, "priority"),
     ],
 )  # fmt: skip
 async def test_what_the_engine_does_not_declare_is_refused_by_name(
