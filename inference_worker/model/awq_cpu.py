@@ -12,7 +12,7 @@ from inference_worker.model.awq_layout import AwqWeights
 from inference_worker.model.errors import LoadError
 
 # Rows above which unpacking the weights and an ordinary product take less time than the 4-bit product, which costs the
-# same for each four rows. `python -m benchmarks.awq` measures it: see "4-bit products" in benchmarks/RESULTS.md.
+# same for each four rows. With one thread the times were seen to cross at 70 to 100 rows, of 512 x 192 to 4096 x 4096.
 MAX_INT4_ROWS: Final = 64
 # Outputs are padded to whole blocks of the layout, so that weights can be joined and cut block by block.
 _BLOCK: Final = 64

@@ -1,0 +1,75 @@
+"""The quantize command: what it refuses, and in what words."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inference_worker.default_model import CHECKPOINT
+from tests.worker.served_worker import environment
+
+ROOT = Path(__file__).parents[2]
+needs_autoawq = pytest.mark.skipif(
+    importlib.util.find_spec("awq") is None, reason="autoawq is not installed"
+)
+
+
+def refusal(*arguments: object, before: str = "pass") -> str:
+    """The one line that the command ends with, run in a process of its own after a statement."""
+    program = f"import sys, runpy; {before}; runpy.run_module('inference_worker.quantize', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    assert "exists already, and nothing is overwritten" in refusal(CHECKPOINT, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    assert f"{tmp_path}/absent: no such directory" in refusal(tmp_path / "absent", tmp_path / "out")
+
+
+def test_a_calibration_text_that_is_not_there(tmp_path: Path) -> None:
+    line = refusal(CHECKPOINT, tmp_path / "out", f"--calibration={tmp_path}/absent.txt")
+    assert "--calibration" in line
+    assert "No such file" in line
+
+
+def test_a_group_size_that_awq_does_not_have(tmp_path: Path) -> None:
+    assert "--group-size" in refusal(CHECKPOINT, tmp_path / "out", "--group-size=48")
+
+
+def test_without_autoawq_it_says_what_to_install(tmp_path: Path) -> None:
+    line = refusal(CHECKPOINT, tmp_path / "out", before="sys.modules['awq'] = None")
+    assert "autoawq cannot be imported" in line
+    assert "pip install 'sluice[quantize]'" in line
+
+
+@needs_autoawq
+def test_groups_that_do_not_divide(tmp_path: Path) -> None:
+    line = refusal(CHECKPOINT, tmp_path / "out")
+    assert "groups of 128 do not divide the 192 inputs of self_attn.q_proj; 32 and 64 would" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_autoawq
+def test_a_text_that_is_too_short(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Hello.")
+    line = refusal(CHECKPOINT, tmp_path / "out", "--group-size=64", f"--calibration={text}")
+    assert "calibration text has" in line
