@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
 import pytest
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
 
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.integration.stack import Stack
@@ -147,3 +149,26 @@ def test_leaving_a_stream_ends_the_generation(client: InferenceClient, stack: St
     next(iter(stream))
     stream.close()  # type: ignore[attr-defined]
     stack.wait_idle()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        ({"type": "regex", "value": "[0-9]{3}-[a-c]{2}"}, r"[0-9]{3}-[a-c]{2}"),
+        ({"type": "json", "value": {"type": "object", "properties": {"n": {"type": "integer"}},
+                                    "required": ["n"], "additionalProperties": False}},
+         r'\s*\{\s*"n"\s*:\s*-?[0-9]+\s*\}\s*'),
+    ],
+)  # fmt: skip
+def test_a_grammar_is_obeyed(client: InferenceClient, grammar: Any, pattern: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.5, "seed": 3}
+    text = client.text_generation(PROMPT, grammar=grammar, **options)
+    assert re.fullmatch(pattern, text)
+    parts = client.text_generation(PROMPT, grammar=grammar, stream=True, **options)
+    assert "".join(parts) == text
+
+
+def test_a_bad_grammar_is_refused_by_its_name(client: InferenceClient) -> None:
+    grammar: Any = {"type": "regex", "value": "("}
+    with pytest.raises(ValidationError, match=r"parameters\.grammar"):
+        client.text_generation(PROMPT, grammar=grammar)
