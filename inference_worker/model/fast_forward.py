@@ -30,7 +30,12 @@ def fast_forwards(
         # triton need not be installed where there is no GPU
         from inference_worker.model.kernel_decoder import KernelDecoder
 
-        yield KernelDecoder(fused, context_length)
+        try:
+            decoder = KernelDecoder(fused, context_length)
+        except ValueError as reason:
+            _log.warning("the layers are not computed by kernels: %s", reason)
+        else:
+            yield decoder
         return
     if native and cache.device.type == "cpu" and torch.get_num_threads() == 1:
         try:

@@ -79,6 +79,8 @@ def load_model(settings: LoadSettings) -> ServedModel:
     config = _load_config(settings.model)
     check_config(config)
     device = _choose_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread: kernels are launched on the current one
     tokenizer = _load_tokenizer(settings.model)
     model = _load_weights(settings, config, device)
     num_parameters = _count_parameters(model)
@@ -188,9 +190,7 @@ def _try_graphs(
     captured = ModelRunner(forward, runner.cache, graphs=graphs)
     try:
         self_check.check(captured, samples, references)
-    except (
-        UnsupportedModel
-    ) as error:  # the same kernels, launched one by one, have passed the check
+    except UnsupportedModel as error:  # one by one, the same kernels have passed it
         _log.warning("decode graphs are not used: %s", error)
         return runner
     return captured

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from inference_worker.engine.request import OutputParams
-from inference_worker.model import loader, self_check
+from inference_worker.model import kernel_decoder, loader, self_check
 from inference_worker.model.decode_graphs import call_again
+from inference_worker.model.forward import TransformersForward
 from inference_worker.model.kernel_decoder import KernelDecoder
 from tests.worker.model.driver import generate, new_runner
 from tests.worker.model.kernels.device import DEVICE
@@ -30,3 +31,15 @@ def test_padded_rows_in_flight_change_no_token(monkeypatch: pytest.MonkeyPatch) 
     tokens = run(runner, requests)  # three rows, of a size of four
     assert [[x.token_id for x in tokens[r.request_id, 0]] for r in requests] == expected
     assert runner.num_fed > 0
+
+
+def test_layers_that_the_kernels_cannot_compute_are_left_to_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("its rotary embedding is of another kind")
+
+    monkeypatch.setattr(loader, "_can_use_kernels", lambda *_: True)
+    monkeypatch.setattr(kernel_decoder, "_angles", refuse)
+    monkeypatch.setattr(self_check, "_LENGTH", 6)
+    assert isinstance(new_runner(build("llama"))._forward, TransformersForward)
