@@ -55,7 +55,7 @@ def test_shapes_of_keys_and_values() -> None:
         (config("Qwen3Next"), "linear_attention"),
         (config("Llama4Text", attention_chunk_size=8), "chunked"),
         (config("Llama", is_causal=False), "causal"),
-        (config("Llama", quantization_config={"quant_method": "awq"}), "quantized with awq"),
+        (config("Llama", quantization_config={"quant_method": "gptq"}), "quantized with gptq"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
