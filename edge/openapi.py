@@ -42,7 +42,10 @@ _LAST_EVENT_ID_PARAMETER = {
     "description": "Sent by an EventSource that reconnects.",
     "schema": {"type": "string"},
 }
-_REASONS = {499: "The generation was aborted from elsewhere"}
+_REASONS = {
+    499: "The generation was aborted from elsewhere",
+    529: "Overloaded, as Anthropic says it",
+}
 
 
 def document(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
     for status in sorted({*operation.errors, 429, 500}):
         responses[str(status)] = {
             "description": _REASONS.get(status) or HTTPStatus(status).phrase,
-            "headers": _ID_HEADERS | (_RETRY_HEADERS if status in (429, 503) else {}),
+            "headers": _ID_HEADERS | (_RETRY_HEADERS if status in (429, 503, 529) else {}),
             "content": {"application/json": {"schema": _ref(operation.error)}},
         }
     return responses

@@ -11,6 +11,8 @@ from starlette.types import ASGIApp
 
 from edge import response_schema as shape
 from edge.dialects import (
+    anthropic,
+    anthropic_schema,
     native,
     native_frames,
     openai_chat,
@@ -113,6 +115,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
             (404, 500, 503, 504),
         ),
         *_native_operations(generate, info),
+        *_anthropic_operations(generate, anthropic.CountTokens(worker, PromptLimits.of(settings))),
         *_tgi_operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
         *_triton_operations(generate, TritonEndpoints(worker, drain)),
         Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
@@ -173,6 +176,43 @@ def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operatio
             " is not found: close its connection.",
             shape.Aborted,
             (400, 404, 500, 503, 504),
+        ),
+    ]
+
+
+def _anthropic_operations(
+    generate: Generate, count_tokens: anthropic.CountTokens
+) -> list[Operation]:
+    events: dict[str, type[BaseModel]] = {
+        "message_start": anthropic_schema.AnthropicMessageStart,
+        "ping": anthropic_schema.AnthropicPing,
+        "content_block_start": anthropic_schema.AnthropicBlockStart,
+        "content_block_delta": anthropic_schema.AnthropicBlockDelta,
+        "content_block_stop": anthropic_schema.AnthropicBlockStop,
+        "message_delta": anthropic_schema.AnthropicMessageDelta,
+        "message_stop": anthropic_schema.AnthropicMessageStop,
+    }
+    return [
+        Operation(
+            "POST",
+            "/v1/messages",
+            generate(_from_body(anthropic.parse), anthropic.refuse),
+            "Answers a conversation, as Anthropic does.",
+            anthropic_schema.AnthropicAnswer,
+            (*GENERATE_ERRORS, 529),
+            body=anthropic_schema.AnthropicRequest,
+            events=events,
+            error=anthropic_schema.AnthropicError,
+        ),
+        Operation(
+            "POST",
+            "/v1/messages/count_tokens",
+            count_tokens.answer,
+            "Counts the tokens of a conversation, as Anthropic does.",
+            anthropic_schema.AnthropicTokenCount,
+            (400, 404, 408, 413, 415, 429, 431, 500, 503, 504),
+            body=anthropic_schema.AnthropicFields,
+            error=anthropic_schema.AnthropicError,
         ),
     ]
 

@@ -1,0 +1,133 @@
+"""The anthropic SDK, unchanged, before real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.integration.stack import Stack, running_stack
+
+anthropic = pytest.importorskip("anthropic")
+
+COUNT = {"role": "user", "content": "Count to 10"}
+ANSWER = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
+STORY = {"role": "user", "content": "Tell me a story"}
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack({"max_running": 2, "max_waiting": 0}) as stack:
+        yield stack
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=stack.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_an_answer_whole(client: Any) -> None:
+    message = client.messages.create(model="default", max_tokens=100, messages=[COUNT])
+    assert [(block.type, block.text) for block in message.content] == [("text", ANSWER)]
+    assert message.stop_reason == "end_turn"
+    assert message.model == "sluice-tiny"
+    assert message.id.startswith("msg-")
+    usage = message.usage
+    assert usage.input_tokens + usage.cache_read_input_tokens > 5
+    assert usage.output_tokens > 10
+
+
+def test_a_stream_is_the_same(client: Any) -> None:
+    whole = client.messages.create(model="default", max_tokens=100, messages=[COUNT])
+    with client.messages.stream(model="default", max_tokens=100, messages=[COUNT]) as stream:
+        assert "".join(stream.text_stream) == ANSWER
+        final = stream.get_final_message()
+    assert final.content[0].text == ANSWER
+    assert final.stop_reason == "end_turn"
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_the_events_and_their_order(client: Any) -> None:
+    events = list(
+        client.messages.create(model="default", max_tokens=3, messages=[COUNT], stream=True)
+    )
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+    assert events[-2].delta.stop_reason == "max_tokens"
+    assert events[-2].usage.output_tokens == 3
+
+
+def test_a_stop_sequence_a_system_prompt_and_blocks(client: Any) -> None:
+    text = {"type": "text", "text": "Count to 10", "cache_control": {"type": "ephemeral"}}
+    message = client.messages.create(
+        model="default",
+        max_tokens=100,
+        system=[{"type": "text", "text": "You are a helpful assistant."}],
+        messages=[{"role": "user", "content": [text]}],
+        stop_sequences=[", 4"],
+        temperature=0.0,
+        metadata={"user_id": "x"},
+    )
+    assert message.content[0].text == "1, 2, 3"
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ", 4")
+
+
+def test_counting_tokens(client: Any) -> None:
+    counted = client.messages.count_tokens(model="default", messages=[COUNT])
+    message = client.messages.create(model="default", max_tokens=1, messages=[COUNT])
+    usage = message.usage
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+
+
+def test_each_refusal_is_its_own_exception(client: Any) -> None:
+    def ask(**fields: Any) -> Any:
+        given = {"model": "default", "max_tokens": 5, "messages": [COUNT], **fields}
+        return client.messages.create(**given)
+
+    with pytest.raises(anthropic.BadRequestError, match="temperature") as bad:
+        ask(temperature=200.0)
+    assert bad.value.body["error"]["type"] == "invalid_request_error"
+    with pytest.raises(anthropic.NotFoundError) as absent:
+        ask(model="claude")
+    assert absent.value.body["error"]["type"] == "not_found_error"
+    assert absent.value.body["request_id"] == absent.value.response.headers["request-id"]
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].content\[0\]"):
+        ask(messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}])
+    block = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    with pytest.raises(anthropic.BadRequestError, match="tool_use"):
+        ask(messages=[{"role": "user", "content": [block]}])
+
+
+def test_overload_is_a_529(client: Any, stack: Stack) -> None:
+    hogs = [
+        client.messages.create(
+            model="default", max_tokens=1500, messages=[STORY], stream=True, temperature=1.0
+        )
+        for _ in range(2)
+    ]
+    with pytest.raises(anthropic.APIStatusError) as refused:
+        client.messages.create(model="default", max_tokens=5, messages=[COUNT])
+    assert refused.value.status_code == 529
+    assert refused.value.body["error"]["type"] == "overloaded_error"
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 5
+    for hog in hogs:
+        hog.close()
+    stack.wait_idle()
+
+
+def test_leaving_frees_the_sequence(client: Any, stack: Stack) -> None:
+    with client.messages.stream(model="default", max_tokens=1500, messages=[STORY]) as stream:
+        next(iter(stream.text_stream))
+    stack.wait_idle()
+
+
+async def test_the_asynchronous_client(stack: Stack) -> None:
+    async with (
+        anthropic.AsyncAnthropic(base_url=stack.url, auth_token="none") as client,
+        client.messages.stream(model="default", max_tokens=100, messages=[COUNT]) as stream,
+    ):
+        assert "".join([text async for text in stream.text_stream]) == ANSWER
