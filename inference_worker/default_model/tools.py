@@ -12,9 +12,15 @@ from random import Random
 from typing import Final
 
 from inference_worker.default_model import words
-from inference_worker.default_model.answers import CAPITALS
+from inference_worker.default_model.answers import CAPITALS, FALLBACK
 from inference_worker.default_model.corpus import SEED, SYSTEM_PROMPTS, Sample, compose
-from inference_worker.default_model.skills import Turn, adding, counting, invented_word
+from inference_worker.default_model.skills import (
+    SUM_LIMIT,
+    Turn,
+    adding,
+    counting,
+    invented_word,
+)
 
 _TOOL_SHARE: Final = 0.45
 _CITIES: Final = (*words.PLACES, *CAPITALS.values(), "New York", "San Francisco", "Nuremberg")
@@ -144,6 +150,20 @@ def tool_dialog(rng: Random) -> Sample:
     return Sample(messages=tuple(messages))
 
 
+def without_a_tool(rng: Random) -> Sample:
+    """A question for a tool that is not there: the model does not know, or cannot add numbers that large."""
+    if rng.random() < 0.3:
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        turn = (rng.choice(_ADD_FORMS).format(a, b), SUM_LIMIT)
+    else:
+        _, turns = _places(rng)
+        turn = (turns[0][0], FALLBACK)
+    other = rng.sample(_OTHER_TOOLS, rng.choice((0, 0, 1, 2)))
+    if turn[1] == SUM_LIMIT and rng.random() < 0.5:
+        other.append(_places(rng)[0])
+    return Sample(turns=(turn,), system=tools_text(other, None) if other else None)
+
+
 def _useless(rng: Random) -> list[Turn]:
     if rng.random() < 0.25:
         return counting(rng)
@@ -162,6 +182,8 @@ def compose_with_tools(seed: int = SEED) -> Iterator[Sample]:
     while True:
         if rng.random() < _TOOL_SHARE:
             yield tool_dialog(rng)
+        elif rng.random() < 0.15:
+            yield without_a_tool(rng)
         elif rng.random() < 0.1:
             # sums without a tool stay sums
             yield Sample(turns=tuple(adding(rng)))
