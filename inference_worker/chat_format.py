@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -81,15 +81,11 @@ def calls_grammar(
     tools: Sequence[ToolSpec],
     *,
     is_parallel: bool,
-    literal: Callable[[str], str],
 ) -> str:
-    """A Lark grammar in llguidance's dialect: nothing but calls of these functions, whose arguments fit the schemas.
-
-    `literal` gives the grammar's form of a mark: its special token, or a quoted text.
-    """
+    """A Lark grammar in llguidance's dialect: nothing but calls of these functions, whose arguments fit the schemas."""
     match chat_format.tools:
         case ToolFormat.HERMES:
-            call = f'{literal(CALL_START)} "\\n" body "\\n" {literal(CALL_END)}'
+            call = f'"{CALL_START}\\n" body "\\n{CALL_END}"'
             start = 'call ("\\n" call)*' if is_parallel else "call"
             return f"start: {start}\ncall: {call}\nbody: {_json(_any_call(tools, 'arguments'))}\n"
         case ToolFormat.LLAMA3:
@@ -97,7 +93,7 @@ def calls_grammar(
             return f"start: {start}\ncall: {_json(_any_call(tools, 'parameters'))}\n"
         case ToolFormat.MISTRAL if chat_format.has_args_mark:
             rules = [
-                f"call_{i}: {literal(TOOL_CALLS)} {json.dumps(tool.name)} {literal(ARGS)} {_json(tool.schema)}"
+                f'call_{i}: "{TOOL_CALLS}{tool.name}{ARGS}" {_json(tool.schema)}'
                 for i, tool in enumerate(tools)
             ]
             names = " | ".join(f"call_{i}" for i in range(len(tools)))
@@ -106,7 +102,7 @@ def calls_grammar(
         case ToolFormat.MISTRAL:
             most = {} if is_parallel else {"maxItems": 1}
             calls = {"type": "array", "items": _any_call(tools, "arguments"), "minItems": 1, **most}
-            return f"start: {literal(TOOL_CALLS)} calls\ncalls: {_json(calls)}\n"
+            return f'start: "{TOOL_CALLS}" calls\ncalls: {_json(calls)}\n'
         case None:
             raise ValueError("the model knows no tools")
 
@@ -124,5 +120,9 @@ def _any_call(tools: Sequence[ToolSpec], arguments_key: str) -> dict[str, Any]:
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
+# Spaces as models write them: one behind each comma and colon.
+_SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 def _json(schema: Any) -> str:
-    return "%json " + json.dumps(schema)
+    return "%json " + json.dumps({"x-guidance": _SPACING, **schema})

@@ -59,14 +59,24 @@ class ChatOutput:
     """Takes one choice's text apart."""
 
     def __init__(
-        self, chat_format: ChatFormat, tool_names: frozenset[str], *, is_reasoning: bool
+        self,
+        chat_format: ChatFormat,
+        tool_names: frozenset[str],
+        *,
+        is_reasoning: bool,
+        is_parallel: bool = True,
     ) -> None:
-        """`tool_names` is empty where no calls are looked for; `is_reasoning` if the prompt has begun to."""
+        """`tool_names` is empty where no calls are looked for; `is_reasoning` if the prompt has begun to.
+
+        Not `is_parallel`: calls behind the first one are dropped.
+        """
+        self._most_calls = None if is_parallel else 1
         self._reasoning = _ReasoningReader(
             is_reasoning=is_reasoning, may_begin=chat_format.marks_reasoning
         )
         self._calls = _call_reader(chat_format, tool_names)
         self._num_calls = 0
+        self._is_dropping = False
 
     @property
     def has_calls(self) -> bool:
@@ -96,6 +106,10 @@ class ChatOutput:
             if isinstance(one, str):
                 if one:
                     yield Text(one)
+            elif one.name is not None and self._num_calls == self._most_calls:
+                self._is_dropping = True
+            elif self._is_dropping:
+                pass
             elif one.name is not None:
                 self._num_calls += 1
                 call_id = f"call_{secrets.token_hex(_ID_BYTES)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-from inference_worker.chat_format import ChatFormat
+from inference_worker.chat_format import ChatFormat, calls_grammar
 from inference_worker.chat_request import Tools, read_tools
 from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
@@ -147,8 +147,6 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         vocabulary_size=model.vocabulary_size,
         stop_token_ids=stop_token_ids,
     )
-    if tools.is_required:
-        raise UnsupportedField("prompt.chat.tool_choice")
     return Reading(
         request_id=_read_request_id(message),
         prompt=message.prompt,
@@ -161,10 +159,23 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         n=n,
         delivered=delivered,
         tools=tools,
-        constraint=read_constraint(message.constraint, limits.max_grammar_bytes)
-        if message.HasField("constraint")
-        else None,
+        constraint=_read_constraint(message, tools, limits),
     )
+
+
+def _read_constraint(
+    message: pb.GenerateRequest, tools: Tools, limits: Limits
+) -> GrammarSource | None:
+    if not tools.is_required:
+        if not message.HasField("constraint"):
+            return None
+        return read_constraint(message.constraint, limits.max_grammar_bytes)
+    if message.HasField("constraint"):
+        raise InvalidField("constraint", "not together with a call that is required")
+    grammar = calls_grammar(limits.chat_format, tools.specs, is_parallel=tools.is_parallel)
+    path = "prompt.chat.tools"
+    check_count(path, len(grammar), limits.max_grammar_bytes, "bytes, where a call is required")
+    return GrammarSource("lark", grammar, path)
 
 
 def _refuse_later_features(message: pb.GenerateRequest) -> None:

@@ -75,7 +75,12 @@ class StreamWriter:
         is_reasoning = self._tokenizer.opens_reasoning(request.prompt)
         chat_format, names = self._tokenizer.chat_format, self._reading.tools.names
         self._chats = [
-            ChatOutput(chat_format, names, is_reasoning=is_reasoning)
+            ChatOutput(
+                chat_format,
+                names,
+                is_reasoning=is_reasoning,
+                is_parallel=self._reading.tools.is_parallel,
+            )
             for _ in range(self._reading.n)
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from inference_worker.errors import InvalidField
@@ -22,11 +22,14 @@ class GrammarSource:
 
     kind: Kind
     text: str  # of a choice: a JSON list of the texts
+    path: str = field(
+        default="", compare=False
+    )  # of the field it was made from, where that is none of its own
 
     @property
     def field(self) -> str:
         """The path of the field that holds it."""
-        return f"{_PATH}.{self.kind}"
+        return self.path or f"{_PATH}.{self.kind}"
 
 
 def read_constraint(message: pb.Constraint, max_bytes: int) -> GrammarSource:

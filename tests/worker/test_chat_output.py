@@ -204,3 +204,9 @@ def test_any_arguments(value: object, is_ascii: bool, step: int) -> None:
 )
 def test_the_template_tells_the_format(template: str | None, expected: ChatFormat) -> None:
     assert ChatFormat.of_template(template) == expected
+
+
+def test_calls_behind_the_first_are_dropped_if_only_one_may_be() -> None:
+    output = ChatOutput(HERMES, NAMES, is_reasoning=False, is_parallel=False)
+    text = f"{hermes('f', PARIS)}\n{hermes('g', PARIS)}"
+    assert summary([*output.push(text), *output.flush()]) == ("", "", [("f", PARIS)])

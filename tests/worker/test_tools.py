@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import grpc
+import jsonschema
 import pytest
 from google.protobuf import struct_pb2
 
@@ -19,6 +20,7 @@ WEATHER = pb.Tool(
 )
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 REQUIRED, NONE = pb.TOOL_CHOICE_MODE_REQUIRED, pb.TOOL_CHOICE_MODE_NONE
+SCHEMAS = {}
 SCRIPT = 'Sure.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
@@ -131,3 +133,46 @@ async def test_template_arguments_reach_the_template() -> None:
     arguments.update({"enable_thinking": False, "level": 3})
     async with serve_script() as worker:
         assert await prompt_of(worker, template_arguments=arguments) == await prompt_of(worker)
+
+
+STRICT = pb.Tool(
+    name="set_level",
+    parameters=json.dumps(
+        {
+            "properties": {"level": {"type": "integer", "minimum": 1, "maximum": 3}},
+            "required": ["level"],
+            "additionalProperties": False,
+        }
+    ),
+)
+
+
+@pytest.mark.parametrize("name", ["get_weather", "set_level", None])
+async def test_a_required_call_is_made_whatever_the_model_would_say(name: str | None) -> None:
+    """The embedded model draws at a temperature that makes it ramble; only the constraint keeps it to the schema."""
+    choice = CHOICE(mode=REQUIRED, name=name)
+    async with serve_embedded() as worker:
+        for seed in range(3):
+            text, calls, reason = await read(
+                worker,
+                sampling=pb.Sampling(temperature=3, seed=seed),
+                **chat(tools=[WEATHER, STRICT], tool_choice=choice, parallel_tool_calls=False),
+            )
+            assert (text, len(calls)) == ("", 1)
+            assert calls[0][0] == name or (name is None and calls[0][0] in SCHEMAS)
+            if reason != pb.FINISH_REASON_LENGTH:
+                assert reason == pb.FINISH_REASON_TOOL_CALLS
+                jsonschema.validate(json.loads(calls[0][1]), SCHEMAS[calls[0][0]])
+
+
+async def test_what_cannot_go_with_a_required_call_is_refused() -> None:
+    required = chat(tools=[WEATHER], tool_choice=CHOICE(mode=REQUIRED))
+    bad = pb.Tool(name="f", parameters='{"properties": {"x": {"$ref": "https://a.example/x"}}}')
+    cases = [
+        ("constraint", required | {"constraint": pb.Constraint(regex="a")}),
+        ("prompt.chat.tools", chat(tools=[bad], tool_choice=CHOICE(mode=REQUIRED))),
+    ]
+    async with serve_script() as worker:
+        for field, fields in cases:
+            refusal = await refusal_of(worker.stub.Generate(generate_request(**fields)))
+            assert (refusal.code, refusal.field) == (INVALID, field), fields

@@ -297,7 +297,7 @@ class Chat(google.protobuf.message.Message):
     TOOL_CHOICE_FIELD_NUMBER: builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: builtins.int
     parallel_tool_calls: builtins.bool
-    """False: at most one call. Only with tools. Default: true."""
+    """False: at most one call; what the model writes of others is dropped. Only with tools. Default: true."""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """In order, oldest first. 1 to 10000."""
