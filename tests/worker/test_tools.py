@@ -10,8 +10,10 @@ import jsonschema
 import pytest
 from google.protobuf import struct_pb2
 
+from inference_worker.model.loader import load_model
+from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
-from tests.worker.served_worker import generate_request, refusal_of, serve_script
+from tests.worker.served_worker import generate_request, refusal_of, serve, serve_script
 
 WEATHER = pb.Tool(
     name="get_weather",
@@ -20,7 +22,17 @@ WEATHER = pb.Tool(
 )
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 REQUIRED, NONE = pb.TOOL_CHOICE_MODE_REQUIRED, pb.TOOL_CHOICE_MODE_NONE
-SCHEMAS = {}
+STRICT = pb.Tool(
+    name="set_level",
+    parameters=json.dumps(
+        {
+            "properties": {"level": {"type": "integer", "minimum": 1, "maximum": 3}},
+            "required": ["level"],
+            "additionalProperties": False,
+        }
+    ),
+)
+SCHEMAS = {tool.name: json.loads(tool.parameters) for tool in (WEATHER, STRICT)}
 SCRIPT = 'Sure.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
@@ -135,23 +147,12 @@ async def test_template_arguments_reach_the_template() -> None:
         assert await prompt_of(worker, template_arguments=arguments) == await prompt_of(worker)
 
 
-STRICT = pb.Tool(
-    name="set_level",
-    parameters=json.dumps(
-        {
-            "properties": {"level": {"type": "integer", "minimum": 1, "maximum": 3}},
-            "required": ["level"],
-            "additionalProperties": False,
-        }
-    ),
-)
-
-
 @pytest.mark.parametrize("name", ["get_weather", "set_level", None])
 async def test_a_required_call_is_made_whatever_the_model_would_say(name: str | None) -> None:
     """The embedded model draws at a temperature that makes it ramble; only the constraint keeps it to the schema."""
     choice = CHOICE(mode=REQUIRED, name=name)
-    async with serve_embedded() as worker:
+    settings = WorkerSettings(port=0, threads=1)
+    async with serve(load_model(settings), settings) as worker:
         for seed in range(3):
             text, calls, reason = await read(
                 worker,
