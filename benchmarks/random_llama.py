@@ -1,10 +1,13 @@
 """A Llama of random weights as a checkpoint on disk, with a tokenizer, so that any server can load it.
 
+`python -m benchmarks.random_llama FOLDER` writes the one of 10 million parameters.
+
 Its text is noise, but what a step costs depends on shapes, not on what the weights mean.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
@@ -121,3 +124,7 @@ def _ids_of_partial_bytes(tokenizer: Tokenizer) -> list[int]:
     """The bytes from 0x80 on, which byte-level BPE writes as characters beyond the letters, and the space's marks."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     return [i for token, i in vocabulary.items() if len(token) == 1 and ord(token) > 0x7E]
+
+
+if __name__ == "__main__":
+    write_random_llama(Path(sys.argv[1]))
