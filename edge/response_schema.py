@@ -62,12 +62,29 @@ class ChatLogprobs(ResponseModel):
     refusal: None
 
 
+class ChatFunctionCall(ResponseModel):
+    """A function and its arguments, JSON text unless max_tokens cut it."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCallOut(ResponseModel):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: ChatFunctionCall
+
+
 class ChatAnswer(ResponseModel):
     """The message of a choice."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null where there are calls and no text.")
     refusal: None
+    reasoning_content: str = Field("", description="Where the model marks its reasoning.")
+    tool_calls: list[ChatToolCallOut] = Field(default_factory=list)
 
 
 class ChatChoice(ResponseModel):
@@ -90,11 +107,29 @@ class ChatCompletion(ResponseModel):
     usage: CompletionUsage
 
 
+class ChatFunctionPiece(ResponseModel):
+    """More of a call's arguments; the first piece has the name."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ChatToolCallPiece(ResponseModel):
+    """More of a call; the first piece has its id and type."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: ChatFunctionPiece
+
+
 class ChatDelta(ResponseModel):
     """What a chunk adds; the role comes once, the content any number of times."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ChatToolCallPiece] | None = None
 
 
 class ChatChunkChoice(ResponseModel):
@@ -198,6 +233,15 @@ class StreamTokenLogprob(StreamCandidate):
     top: list[StreamCandidate]
 
 
+class StreamToolCall(ResponseModel):
+    """More of a call's arguments; the first piece has its id and name."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str
+
+
 class StreamDelta(ResponseModel):
     """Data of a `delta` event."""
 
@@ -205,6 +249,8 @@ class StreamDelta(ResponseModel):
     text: str
     token_count: int
     is_prompt: bool = False
+    reasoning: str = Field("", description="Where the model marks its reasoning.")
+    tool_calls: list[StreamToolCall] = Field(default_factory=list)
     token_ids: list[int] | None = None
     logprobs: list[StreamTokenLogprob] | None = None
 

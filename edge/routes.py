@@ -16,6 +16,7 @@ from edge.dialects import (
     native,
     native_frames,
     openai_chat,
+    openai_chat_schema,
     openai_completions,
     tgi,
     tgi_schema,
@@ -85,7 +86,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
             "Answers a conversation, as OpenAI does.",
             shape.ChatCompletion,
             GENERATE_ERRORS,
-            body=openai_chat.ChatCompletionRequest,
+            body=openai_chat_schema.ChatCompletionRequest,
             events={"": shape.ChatCompletionChunk},
         ),
         Operation(

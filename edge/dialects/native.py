@@ -38,6 +38,14 @@ class StreamMessage(RequestModel):
     name: str | None = None
 
 
+class StreamTool(RequestModel):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments.")
+
+
 class StreamFields(SamplingFields, StoppingFields):
     """What POST and GET have in common."""
 
@@ -89,6 +97,7 @@ class StreamRequest(StreamFields):
     prompt: str | None = Field(None, description="Plain text.")
     token_ids: SomeItems[Uint32] | None = Field(None, description="A prompt of token ids.")
     messages: SomeItems[StreamMessage] | None = Field(None, description="A conversation.")
+    tools: Items[StreamTool] | None = Field(None, description="Functions for a conversation.")
     constraint: StreamConstraint | None = Field(
         None, description="A language that the text of each choice belongs to."
     )
@@ -126,7 +135,13 @@ def _prompt(stream: StreamRequest) -> pb.Prompt:
             pb.ChatMessage(role=message.role, content=message.content, name=message.name)
             for message in stream.messages
         ]
-        return pb.Prompt(chat=pb.Chat(messages=messages))
+        chat = pb.Chat(messages=messages)
+        for tool in stream.tools or []:
+            schema = None if tool.parameters is None else encode(tool.parameters).decode()
+            chat.tools.add(name=tool.name, description=tool.description, parameters=schema)
+        return pb.Prompt(chat=chat)
+    if stream.tools:
+        raise invalid_request("Tools go with messages alone.", "tools")
     if stream.token_ids is not None:
         return pb.Prompt(token_ids=pb.TokenIds(ids=stream.token_ids))
     return pb.Prompt(text=stream.prompt or "")
@@ -189,6 +204,7 @@ def _parsed(
             "prompt.text": "prompt",
             "prompt.chat": "messages",
             "prompt.chat.messages": "messages",
+            "prompt.chat.tools": "tools",
             "prompt.token_ids": "token_ids",
             "prompt.token_ids.ids": "token_ids",
             "stopping.stop_sequences": "stop",
@@ -282,6 +298,10 @@ def _delta_json(delta: pb.Delta) -> dict[str, Any]:
     }
     if delta.is_prompt:
         data["is_prompt"] = True
+    if delta.reasoning:
+        data["reasoning"] = delta.reasoning
+    if delta.tool_calls:
+        data["tool_calls"] = [_call_json(call) for call in delta.tool_calls]
     if delta.token_ids:
         data["token_ids"] = list(delta.token_ids)
     if delta.logprobs:
@@ -290,6 +310,11 @@ def _delta_json(delta: pb.Delta) -> dict[str, Any]:
             for entry in delta.logprobs
         ]
     return data
+
+
+def _call_json(call: pb.ToolCallDelta) -> dict[str, Any]:
+    first = {"id": call.id, "name": call.name} if call.HasField("name") else {}
+    return {"index": call.index, **first, "arguments": call.arguments}
 
 
 def _candidate_json(candidate: pb.Candidate) -> dict[str, Any]:

@@ -1,101 +1,24 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any, Final
 
 from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import ParsedRequest, PromptLimits
-from edge.dialects.openai_schema import OpenAIFields, agreed
+from edge.dialects.openai_chat_schema import ChatCompletionRequest, ChatMessage, ChatNamedTool
+from edge.dialects.openai_schema import agreed
 from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason
-from edge.dialects.schema import Items, RequestModel, SomeItems, Uint32, validate
+from edge.dialects.schema import validate
 from edge.errors import invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
-Nothing = Annotated[list[Any], Field(max_length=0)]
-
-
-class TextPart(RequestModel):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(RequestModel):
-    """One message. The fields after `name` are those of an answer that is sent back as it came.
-
-    Other servers' answers have fields of their own, which are ignored in an assistant's message when they are null.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[TextPart] | None = Field(
-        description="Null only in an assistant's message, where it is an empty text."
-    )
-    name: str | None = None
-    refusal: None = None
-    annotations: Nothing | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Nothing | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unknown_nulls(cls, value: object) -> object:
-        if not isinstance(value, dict) or value.get("role") != "assistant":
-            return value
-        return {
-            name: field
-            for name, field in value.items()
-            if field is not None or name in cls.model_fields
-        }
-
-    def text(self) -> str:
-        """The content as one text."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
-
-
-class ChatCompletionRequest(OpenAIFields):
-    """Body of POST /v1/chat/completions."""
-
-    messages: SomeItems[ChatMessage]
-    max_completion_tokens: Uint32 | None = Field(None, description="Another name of max_tokens.")
-    logprobs: bool | None = Field(None, description="Send log-probabilities.")
-    top_logprobs: Uint32 | None = Field(None, description="Likeliest candidates at each position.")
-
-    parallel_tool_calls: bool | None = Field(None, description="No effect without tools.")
-
-    # Accepted with values that ask for nothing.
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: Items[Literal["text"]] | None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    web_search_options: None = None
-    chat_template_kwargs: None = None
-
-    UNSUPPORTED = OpenAIFields.UNSUPPORTED | {
-        "tools",
-        "tool_choice",
-        "functions",
-        "function_call",
-        "modalities",
-        "audio",
-        "prediction",
-        "reasoning_effort",
-        "verbosity",
-        "web_search_options",
-        "chat_template_kwargs",
-    }
+_MODES: Final = {
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
 
 
 def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
@@ -103,10 +26,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
     chat = validate(ChatCompletionRequest, body)
     chat.require_stream_for_options()
     for index, message in enumerate(chat.messages):
-        if message.content is None and message.role != "assistant":
-            raise invalid_request(
-                "Only an assistant's content may be null.", f"messages[{index}].content"
-            )
+        _check_message(message, f"messages[{index}]")
     if chat.top_logprobs is not None and not chat.logprobs:
         raise invalid_request("top_logprobs needs logprobs to be true.", "top_logprobs")
     generation_id = new_id("chatcmpl")
@@ -114,7 +34,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
     request = pb.GenerateRequest(
         request_id=generation_id,
         model=chat.model,
-        prompt=pb.Prompt(chat=pb.Chat(messages=map(_message, chat.messages))),
+        prompt=pb.Prompt(chat=_chat(chat)),
         sampling=chat.sampling(),
         stopping=chat.stopping(_max_tokens(chat)),
         output=pb.Output(logprobs=(chat.top_logprobs or 0) if chat.logprobs else None),
@@ -138,6 +58,9 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
                 "prompt": "messages",
                 "prompt.chat": "messages",
                 "prompt.chat.messages": "messages",
+                "prompt.chat.tools": "tools",
+                "prompt.chat.tool_choice": "tool_choice",
+                "prompt.chat.template_arguments": "chat_template_kwargs",
                 "stopping.max_tokens": "max_completion_tokens"
                 if chat.max_completion_tokens is not None
                 else "max_tokens",
@@ -149,9 +72,48 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
     )
 
 
+def _check_message(message: ChatMessage, path: str) -> None:
+    if message.content is None and message.role != "assistant":
+        raise invalid_request("Only an assistant's content may be null.", f"{path}.content")
+    if message.tool_call_id is not None and message.role != "tool":
+        raise invalid_request("Only a tool's message has one.", f"{path}.tool_call_id")
+    for name in ("tool_calls", "reasoning_content"):
+        if getattr(message, name) and message.role != "assistant":
+            raise invalid_request("Only an assistant's message has one.", f"{path}.{name}")
+
+
+def _chat(request: ChatCompletionRequest) -> pb.Chat:
+    chat = pb.Chat(messages=map(_message, request.messages))
+    for tool in request.tools or []:
+        function = tool.function
+        schema = None if function.parameters is None else encode(function.parameters).decode()
+        chat.tools.add(name=function.name, description=function.description, parameters=schema)
+    choice = request.tool_choice
+    if isinstance(choice, ChatNamedTool):
+        chat.tool_choice.mode = pb.TOOL_CHOICE_MODE_REQUIRED
+        chat.tool_choice.name = choice.function.name
+    elif choice == "required" or (choice is not None and request.tools):
+        chat.tool_choice.mode = _MODES[choice]
+    if request.tools and request.parallel_tool_calls is not None:
+        chat.parallel_tool_calls = request.parallel_tool_calls
+    if request.chat_template_kwargs:
+        chat.template_arguments.update(request.chat_template_kwargs)
+    return chat
+
+
 def _message(message: ChatMessage) -> pb.ChatMessage:
     role = "system" if message.role == "developer" else message.role
-    return pb.ChatMessage(role=role, content=message.text(), name=message.name)
+    made = pb.ChatMessage(
+        role=role,
+        content=message.text(),
+        name=message.name,
+        tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning_content,
+    )
+    for call in message.tool_calls or []:
+        function = call.function
+        made.tool_calls.add(id=call.id, name=function.name, arguments=function.arguments)
+    return made
 
 
 def _max_tokens(chat: ChatCompletionRequest) -> int | None:
@@ -177,9 +139,23 @@ class ChatEncoder(ChunkEncoder):
     def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:  # noqa: ARG002
         return logprobs_json(delta)
 
+    def _other_choices(self, index: int, delta: pb.Delta) -> Iterator[dict[str, Any]]:
+        if delta.reasoning:
+            yield _choice(index, {"reasoning_content": delta.reasoning})
+        for call in delta.tool_calls:
+            yield _choice(index, {"tool_calls": [_call_json(call)]})
+
+
+def _call_json(call: pb.ToolCallDelta) -> dict[str, Any]:
+    function = {"arguments": call.arguments}
+    if not call.HasField("name"):
+        return {"index": call.index, "function": function}
+    function = {"name": call.name, **function}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
 
 def _choice(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
@@ -187,8 +163,32 @@ def _choice(
 class _Choice:
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason = ""
+
+    def add(self, delta: pb.Delta) -> None:
+        self.text.append(delta.text)
+        self.reasoning.append(delta.reasoning)
+        for call in delta.tool_calls:
+            if call.HasField("name"):
+                function = {"name": call.name, "arguments": ""}
+                self.calls.append({"id": call.id, "type": "function", "function": function})
+            self.calls[call.index]["function"]["arguments"] += call.arguments
+
+    def message(self) -> dict[str, Any]:
+        text = "".join(self.text)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": text if text or not self.calls else None,
+            "refusal": None,
+        }
+        if reasoning := "".join(self.reasoning):
+            message["reasoning_content"] = reasoning
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
 
 
 class ChatCollector:
@@ -210,7 +210,7 @@ class ChatCollector:
             self._usage.started(prompt, message.started)
         elif kind == "delta":
             choice = self._choices[message.delta.choice_index]
-            choice.text.append(message.delta.text)
+            choice.add(message.delta)
             if self._has_logprobs:
                 choice.logprobs += logprobs_json(message.delta)["content"]
             self._usage.delta(prompt, message.delta)
@@ -230,11 +230,7 @@ class ChatCollector:
                 "choices": [
                     {
                         "index": index,
-                        "message": {
-                            "role": "assistant",
-                            "content": "".join(choice.text),
-                            "refusal": None,
-                        },
+                        "message": choice.message(),
                         "logprobs": {"content": choice.logprobs, "refusal": None}
                         if self._has_logprobs
                         else None,

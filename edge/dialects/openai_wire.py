@@ -1,6 +1,7 @@
 """What both OpenAI routes send alike: chunk frames, usage, finish reasons, errors."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -148,6 +149,8 @@ class ChunkEncoder(StreamEncoder):
             delta = message.delta
             index = prompt * self._n + delta.choice_index
             self._frame.usage.delta(prompt, delta)
+            if delta.reasoning or delta.tool_calls:
+                return self._told_apart(index, delta)
             if self._is_plain:
                 before, after = self._templates[index]
                 return before + encode(delta.text) + after
@@ -165,6 +168,20 @@ class ChunkEncoder(StreamEncoder):
     def end(self) -> bytes:
         """Usage, if asked for, and the terminator."""
         return self._frame.end()
+
+    def _told_apart(self, index: int, delta: pb.Delta) -> bytes:
+        """The chunks of a delta that is not only text; the first has the log-probabilities of its tokens."""
+        choices = list(self._other_choices(index, delta))
+        if delta.text:
+            # reasoning, text, calls
+            choices.insert(bool(delta.reasoning), self._choice(index, delta.text, None))
+        if self._has_logprobs and choices:
+            choices[0]["logprobs"] = self._logprobs(index, delta)
+        return b"".join(self._frame.chunk([choice]) for choice in choices)
+
+    def _other_choices(self, index: int, delta: pb.Delta) -> Iterator[dict[str, Any]]:  # noqa: ARG002
+        """A choice for each part of a delta that is no text; a chat's alone has such."""
+        yield from ()
 
     def error(self, error: EdgeError) -> bytes:
         """The event of a failure."""

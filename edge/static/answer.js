@@ -17,14 +17,18 @@ export class Answer {
     this.record = record;
     this.#actions = actions;
     this.root = element("article", "answer");
+    this.#thoughts = element("details", "thoughts");
+    this.#thoughts.append(element("summary", "", "Reasoning"), element("div", "exact"));
+    this.#thoughts.hidden = true;
     this.#body = element("div", "answer-body formatted");
     this.#notice = element("div", "notice");
     this.#notice.hidden = true;
     this.#foot = element("p", "foot");
-    this.root.append(this.#body, this.#notice, this.#foot);
+    this.root.append(this.#thoughts, this.#body, this.#notice, this.#foot);
   }
 
   #actions;
+  #thoughts;
   #body;
   #notice;
   #foot;
@@ -42,10 +46,20 @@ export class Answer {
     }
     this.#isWriting = isWriting;
     this.#body.classList.toggle("writing", isWriting);
+    if (this.record.reasoning) this.#drawThoughts();
     if (view === "formatted") this.#drawBlocks();
     else if (view === "plain") this.#drawRest(this.record.text, (rest) => [rest]);
     else this.#drawTokens();
     this.#drawFoot(seconds);
+  }
+
+  #drawThoughts() {
+    const shown = this.#thoughts.lastChild;
+    if (this.#thoughts.hidden) {
+      this.#thoughts.hidden = false;
+      this.#thoughts.open = this.#isWriting;
+    }
+    shown.append(this.record.reasoning.slice(shown.textContent.length));
   }
 
   #drawBlocks() {

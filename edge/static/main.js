@@ -40,7 +40,7 @@ function show(record) {
 
 function newRecord() {
   return {
-    role: "assistant", text: "", tokens: [], count: 0, firstTokenSeconds: 0, seconds: 0, reason: "", usage: null,
+    role: "assistant", text: "", reasoning: "", tokens: [], count: 0, firstTokenSeconds: 0, seconds: 0, reason: "", usage: null,
     failure: "", request: null, place: "",
   };
 }
@@ -125,6 +125,7 @@ function listener(answer) {
       if (!record.count) record.firstTokenSeconds = elapsed();
       record.count += data.token_count;
       record.text += data.text;
+      record.reasoning += data.reasoning ?? "";
       for (const { token, token_id: id, bytes, logprob, top } of data.logprobs ?? []) {
         record.tokens.push({ text: texts.next(bytes), shown: token, id, logprob, top: top.map(({ token: t, token_id, logprob: l }) => ({ token: t, token_id, logprob: l })) });
       }

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.dialects.anthropic import AnthropicCollector, AnthropicEncoder
 from edge.dialects.common import shown_bytes
 from edge.dialects.dialect import StreamEncoder
 from edge.dialects.native import NativeEncoder
-from edge.dialects.openai_chat import ChatEncoder
+from edge.dialects.openai_chat import ChatCollector, ChatEncoder
 from edge.dialects.openai_completions import CompletionEncoder
 from edge.errors import EdgeError
 from edge.json_codec import decode_object, encode
@@ -106,3 +107,71 @@ def test_garbage_is_a_400(data: bytes) -> None:
         decoded, status = {}, error.status
     assert isinstance(decoded, dict)
     assert status in (200, 400)
+
+
+CALLS = pb.GenerateResponse(
+    sequence_number=1,
+    delta=pb.Delta(
+        reasoning="Hm",
+        text="So",
+        tool_calls=[
+            pb.ToolCallDelta(index=0, id="call_1", name="f", arguments='{"a'),
+            pb.ToolCallDelta(index=0, arguments='": 1}'),
+        ],
+    ),
+)
+FIRST = {"index": 0, "id": "call_1", "type": "function"}
+
+
+def test_a_chat_has_reasoning_text_and_calls_in_chunks_of_their_own() -> None:
+    encoder = ChatEncoder("id", False, False, False)
+    encoder.encode(0, STARTED)
+    events = parse(encoder.encode(0, CALLS)).events
+    assert [event.json()["choices"][0]["delta"] for event in events] == [
+        {"reasoning_content": "Hm"},
+        {"content": "So"},
+        {"tool_calls": [FIRST | {"function": {"name": "f", "arguments": '{"a'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '": 1}'}}]},
+    ]
+    collector = ChatCollector("id", False)
+    for message in (STARTED, CALLS):
+        collector.add(0, message)
+    answer = json.loads(collector.body())["choices"][0]["message"]
+    assert answer["reasoning_content"] == "Hm"
+    assert answer["content"] == "So"
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    assert answer["tool_calls"] == [{"id": "call_1", "type": "function", "function": function}]
+
+
+def test_the_native_dialect_tells_reasoning_and_calls_apart() -> None:
+    encoder = NativeEncoder("id")
+    encoder.encode(0, STARTED)
+    data = parse(encoder.encode(0, CALLS)).events[0].json()
+    assert (data["reasoning"], data["text"]) == ("Hm", "So")
+    assert data["tool_calls"] == [
+        {"index": 0, "id": "call_1", "name": "f", "arguments": '{"a'},
+        {"index": 0, "arguments": '": 1}'},
+    ]
+
+
+def test_anthropic_has_a_block_for_each() -> None:
+    encoder = AnthropicEncoder("id")
+    encoder.encode(0, STARTED)
+    finished = pb.Finished(finish_reason=pb.FINISH_REASON_TOOL_CALLS)
+    raw = encoder.encode(0, CALLS) + encoder.encode(0, pb.GenerateResponse(finished=finished))
+    kinds = [(e.json()["type"], e.json().get("index")) for e in parse(raw + encoder.end()).events]
+    block = ["content_block_start", "content_block_delta", "content_block_stop"]
+    assert kinds == [
+        *((kind, 0) for kind in block),
+        *((kind, 1) for kind in block),
+        *((kind, 2) for kind in [block[0], block[1], block[1], block[2]]),
+        ("message_delta", None),
+        ("message_stop", None),
+    ]
+    collector = AnthropicCollector("id")
+    for message in (STARTED, CALLS, pb.GenerateResponse(finished=finished)):
+        collector.add(0, message)
+    answer = json.loads(collector.body())
+    assert [one["type"] for one in answer["content"]] == ["thinking", "text", "tool_use"]
+    assert answer["content"][2]["input"] == {"a": 1}
+    assert answer["stop_reason"] == "tool_use"

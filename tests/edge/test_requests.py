@@ -190,8 +190,6 @@ async def test_fields_without_effect_are_accepted(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("modalities", ["audio"]),
         ("audio", {"voice": "x"}),
@@ -237,7 +235,7 @@ async def test_unsupported_completions_features_are_named(
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         (
@@ -263,10 +261,11 @@ async def test_unsupported_completions_features_are_named(
         ({"messages": HI, "stream_options": {}}, "stream_options"),
         ({"messages": HI, "stream_options": {}, "stream": False}, "stream_options"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-        ({"messages": [*HI, {"role": "assistant"}]}, "messages[1].content"),
+        ({"messages": [{"role": "tool"}]}, "messages[0].content"),
+        ({"messages": [{**HI[0], "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"messages": [HI[0] | {"other": None}]}, "messages[0].other"),
         (
-            {"messages": [{"role": "assistant", "content": "", "reasoning_content": "x"}]},
+            {"messages": [{"role": "user", "content": "", "reasoning_content": "x"}]},
             "messages[0].reasoning_content",
         ),
         ({"messages": HI, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
