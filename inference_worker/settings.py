@@ -165,6 +165,13 @@ class WorkerSettings(BaseSettings):
         description="Most processor time to compile a constraint; one that takes longer is refused.",
         json_schema_extra=unit("seconds"),
     )
+    grammar_token_ms: float = Field(
+        1,
+        gt=0,
+        description="Most processor time that a constraint may take for a token of one choice, on average over some "
+        "100 tokens; a choice that takes more ends with INVALID_ARGUMENT.",
+        json_schema_extra=unit("milliseconds"),
+    )
     grammar_cache: int = Field(
         64,
         ge=0,

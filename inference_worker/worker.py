@@ -54,7 +54,9 @@ class Worker:
         self._grammars = GrammarCompiler(
             served.tokenizer,
             served.info.vocabulary_size,
-            CompilerLimits(settings.grammar_seconds, settings.grammar_cache),
+            CompilerLimits(
+                settings.grammar_seconds, settings.grammar_cache, settings.grammar_token_ms / 1e3
+            ),
         )
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(

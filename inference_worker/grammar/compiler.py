@@ -16,6 +16,7 @@ from inference_worker.continuation import DeliveredRequest
 from inference_worker.engine.grammar import Grammar, GrammarFailed, GrammarState
 from inference_worker.errors import InvalidField, UnsupportedField
 from inference_worker.grammar.compiled import CompiledGrammar, explain
+from inference_worker.grammar.mask_maker import MaskMaker
 from inference_worker.grammar.source import GrammarSource
 from inference_worker.grammar.trial import TooCostly, Trial
 from inference_worker.grammar.vocabulary import Vocabulary
@@ -33,6 +34,7 @@ class CompilerLimits:
 
     seconds: float  # processor time of one grammar
     cached: int  # compiled grammars, or refusals, that are kept
+    token_seconds: float  # processor time of one token of a choice, on average
 
 
 class GrammarCompiler:
@@ -48,6 +50,7 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         if tokenizer.text_bytes is not None:
             self._vocabulary = Vocabulary(tokenizer, vocabulary_size)
+        self._masks = MaskMaker()
         self._cache = _Cache(limits.cached)
         self._quick = _Lane("grammar-quick", min(_QUICK_SECONDS, limits.seconds))
         self._slow = _Lane("grammar-slow", limits.seconds)
@@ -106,24 +109,25 @@ class GrammarCompiler:
         # the same grammar may have been compiled while this one waited for its turn
         outcome = self._cache.get(source)
         if outcome is None:
-            outcome = _compile(trial, source, vocabulary)
+            outcome = self._compile_anew(trial, source, vocabulary)
             self._cache.put(source, outcome)
         return outcome
+
+    def _compile_anew(
+        self, trial: Trial, source: GrammarSource, vocabulary: Vocabulary
+    ) -> _Outcome:
+        """Raises: TooCostly."""
+        try:
+            grammar = in_llguidance(source)
+            if problem := trial.run(grammar):
+                return explain(problem)
+            return CompiledGrammar(vocabulary, grammar, self._masks, self._limits.token_seconds)
+        except (ValueError, GrammarFailed) as error:
+            return explain(str(error))
 
 
 # A refusal is the text of what is wrong.
 _Outcome = CompiledGrammar | str
-
-
-def _compile(trial: Trial, source: GrammarSource, vocabulary: Vocabulary) -> _Outcome:
-    """Raises: TooCostly."""
-    try:
-        grammar = in_llguidance(source)
-        if problem := trial.run(grammar):
-            return explain(problem)
-        return CompiledGrammar(vocabulary, grammar)
-    except (ValueError, GrammarFailed) as error:
-        return explain(str(error))
 
 
 def _replay(

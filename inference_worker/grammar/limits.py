@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-# A step of a grammar that uses all of it takes some 10 ms; more fails the sequence, and no other.
+# A step of a grammar that uses all of it takes some 10 ms; more fails the sequence, and no other. What steps may take
+# on average is the budget's to say.
 PARSER_LIMITS: Final[dict[str, Any]] = {
     "max_items_in_row": 1000,  # alternatives open at one place; optional properties of one object take four each
     "initial_lexer_fuel": 1_000_000,

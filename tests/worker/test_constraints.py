@@ -178,6 +178,21 @@ async def test_what_becomes_too_complex_is_the_callers_fault(random_worker: Serv
     assert refusal.field == "constraint.lark"
 
 
+async def test_what_takes_too_long_at_its_tokens_fails_alone() -> None:
+    """A budget that no grammar can keep to: told in the stream, and the rows beside it go on."""
+    stingy = serve_random(tiny_llama(), max_running=6, kv_cache_mib=1, grammar_token_ms=1e-6)
+    async with serve(*stingy) as worker:
+        free = asyncio.create_task(
+            worker.generate(max_tokens=40, stopping=pb.Stopping(ignore_eos=True))
+        )
+        bound = generate_request(constraint=pb.Constraint(regex="[0-9]{30}"), n=2, max_tokens=40)
+        refusal = await refusal_of(worker.stub.Generate(bound))
+        assert refusal.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert refusal.field == "constraint.regex"
+        assert "processor time" in refusal.message
+        assert reasons(await free) == ["LENGTH"]
+
+
 async def test_a_caller_who_leaves_while_it_compiles_leaves_nothing() -> None:
     async with serve_script() as worker:
         hostile = worker.stub.Generate(

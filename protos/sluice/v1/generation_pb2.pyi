@@ -648,8 +648,8 @@ Global___Output: typing_extensions.TypeAlias = Output
 
 @typing.final
 class Constraint(google.protobuf.message.Message):
-    """A language that the output belongs to. What takes too long to compile is INVALID_ARGUMENT, as is what is wrong. At most
-    --max-grammar-bytes.
+    """A language that the output belongs to. What takes too long to compile is INVALID_ARGUMENT, as is what is wrong; what
+    takes too long at its tokens ends the stream with it. At most --max-grammar-bytes.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -81,7 +81,9 @@ class Noise:
         self.tokenizer = tokenizer
         self.vocabulary_size = tokenizer.vocabulary_size + PADDING
         self.end_ids = frozenset(end_ids)
-        self.compiler = GrammarCompiler(tokenizer, self.vocabulary_size, CompilerLimits(1, 16))
+        self.compiler = GrammarCompiler(
+            tokenizer, self.vocabulary_size, CompilerLimits(1, 16, token_seconds=1)
+        )
         self.runner = NoiseRunner(tokenizer)
         self.engine = self.new_engine(self.runner)
 

@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocabulary_size, CompilerLimits(0.3, 4))
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocabulary_size, CompilerLimits(0.3, 4, 1))
     yield compiler
     compiler.close()
 
@@ -143,7 +143,7 @@ async def test_a_cancelled_one_stops_nobody(compiler: GrammarCompiler) -> None:
 
 
 async def test_the_processes_end_with_the_compiler(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocabulary_size, CompilerLimits(60, 4))
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocabulary_size, CompilerLimits(60, 4, 1))
     await compiler.compile(DIGITS)
     before = {child.pid for child in psutil.Process().children()}
     hostile = asyncio.create_task(compiler.compile(ENDLESS["definitions that double"]))
@@ -169,7 +169,7 @@ async def test_a_process_that_died_is_replaced(
 
 async def test_a_tokenizer_without_fixed_bytes_has_no_grammars(tmp_path: Path) -> None:
     tokenizer = save(tmp_path, word_piece())
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocabulary_size, CompilerLimits(1, 4))
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocabulary_size, CompilerLimits(1, 4, 1))
     with pytest.raises(UnsupportedField) as refusal:
         await compiler.compile(DIGITS)
     assert refusal.value.field == "constraint"
