@@ -162,15 +162,17 @@ def _responses(operation: Operation) -> dict[str, Any]:
 
 def _event_stream(operation: Operation) -> dict[str, Any]:
     events = operation.events
-    models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), operation.error]))
+    failure = events.get("error", operation.error)
+    models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), failure]))
     names = ", ".join(f"`{name}`: {model.__name__}" for name, model in events.items() if name)
-    told = f"Typed events, each with an id: {names}." if names else operation.last_event
+    ids = ", each with an id" if "finished" in events else ""
+    told = f"Typed events{ids}: {names}." if names else operation.last_event
     return {
         "schema": {
             "type": "string",
             "description": f"Server-sent events; the schemas of their data are in x-event-data. {told}"
             " A silent stream gets `: ping` comments. A failure after the 200 is an event whose data"
-            f" is an {operation.error.__name__}; the body then breaks off.",
+            f" is an {failure.__name__}; the body then breaks off.",
         },
         "x-event-data": {"oneOf": [_ref(model) for model in models]},
     }

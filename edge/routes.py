@@ -18,12 +18,16 @@ from edge.dialects import (
     openai_chat,
     openai_chat_schema,
     openai_completions,
+    responses,
+    responses_answer_schema,
+    responses_schema,
     tgi,
     tgi_schema,
     triton,
     triton_schema,
 )
 from edge.dialects.dialect import ParsedRequest, PromptLimits
+from edge.dialects.responses_endpoints import ResponsesEndpoints
 from edge.dialects.tgi_endpoints import TgiEndpoints
 from edge.dialects.triton_endpoints import TritonEndpoints
 from edge.drain import Drain
@@ -115,6 +119,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
             shape.ModelObject,
             (404, 500, 503, 504),
         ),
+        *_responses_operations(generate, ResponsesEndpoints(worker)),
         *_native_operations(generate, info),
         *_anthropic_operations(generate, anthropic.CountTokens(worker, PromptLimits.of(settings))),
         *_tgi_operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
@@ -128,6 +133,30 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
             shape.Readiness,
             (),
             other_answers={503: "Not ready; the body says why."},
+        ),
+    ]
+
+
+def _responses_operations(generate: Generate, endpoints: ResponsesEndpoints) -> list[Operation]:
+    shape = responses_answer_schema
+    return [
+        Operation(
+            "POST",
+            "/v1/responses",
+            generate(_from_body(responses.parse)),
+            "Answers a conversation, as OpenAI's Responses do.",
+            shape.ResponsesAnswer,
+            GENERATE_ERRORS,
+            body=responses_schema.ResponsesRequest,
+            events=dict(shape.EVENTS),
+        ),
+        Operation(
+            "POST",
+            "/v1/responses/{response_id}/cancel",
+            endpoints.cancel,
+            "Ends a response that is generated on another connection.",
+            shape.ResponsesCancelled,
+            (400, 404, 500, 503, 504),
         ),
     ]
 

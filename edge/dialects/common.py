@@ -28,6 +28,11 @@ def shown_logprob(candidate: pb.Candidate) -> float | None:
     return max(LOWEST_LOGPROB, candidate.logprob)
 
 
+def shown_float(value: float) -> float:
+    """A float32 as the number that was meant: 0.7, not 0.699999988079071."""
+    return float(f"{value:.7g}")
+
+
 def field_names(table: dict[str, str]) -> Callable[[str], str]:
     """Translates paths of the worker's contract: by the longest prefix in the table, else by the last part."""
 

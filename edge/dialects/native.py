@@ -8,7 +8,13 @@ from typing import Any, Literal
 from google.protobuf import duration_pb2
 from pydantic import Field
 
-from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
+from edge.dialects.common import (
+    field_names,
+    new_id,
+    shown_bytes,
+    shown_float,
+    shown_logprob,
+)
 from edge.dialects.constraint import JsonSchema, of_choice, of_schema
 from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.schema import (
@@ -268,7 +274,7 @@ class NativeEncoder(StreamEncoder):
 
 def _started_json(started: pb.Started) -> dict[str, Any]:
     sampling = {
-        descriptor.name: _short(value)
+        descriptor.name: shown_float(value) if isinstance(value, float) else value
         for descriptor, value in started.sampling.ListFields()
         if descriptor.name != "logit_bias"
     }
@@ -283,11 +289,6 @@ def _started_json(started: pb.Started) -> dict[str, Any]:
         "n": started.n,
         "sampling": sampling,
     }
-
-
-def _short(value: float) -> float:
-    """A float32 as the number that was meant: 0.7, not 0.699999988079071."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _delta_json(delta: pb.Delta) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _explain(
     model: type[RequestModel], body: Mapping[str, Any], error: ValidationError
 ) -> EdgeError:
     # A union reports every member that did not fit; the one that got furthest is the one that was meant.
-    details = error.errors(include_url=False, include_input=False, include_context=False)
+    details = error.errors(include_url=False, include_input=False)
     path, detail = max(((_path(body, detail), detail) for detail in details), key=_meant)
     path = path[:_MAX_SHOWN_PATH]
     field = re.split(r"[.\[]", path, maxsplit=1)[0]
@@ -131,6 +131,9 @@ def _explain(
         return invalid_request(f"{path} is required.", path)
     if detail["type"] == "too_many_fields":
         return invalid_request(f"{path or 'The request body'}: {detail['msg']}.", path or None)
+    if detail["type"] == "union_tag_invalid":  # pydantic's words hold all of what was sent
+        name, known = detail["ctx"]["discriminator"].strip("'"), detail["ctx"]["expected_tags"]
+        return invalid_request(f"{path}.{name}: must be one of {known}.", f"{path}.{name}")
     if detail["type"] in ("too_short", "string_too_short"):
         return invalid_request(f"{path}: must not be empty.", path)
     return invalid_request(f"{path}: {detail['msg']}.", path)

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from edge.dialects import native, openai_chat, openai_completions, schema, tgi, triton
+from edge.dialects import (
+    native,
+    openai_chat,
+    openai_completions,
+    responses,
+    schema,
+    tgi,
+    triton,
+)
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.errors import EdgeError
 from edge.json_codec import decode_object
@@ -22,7 +30,7 @@ FIELDS = {f"field{number}": 1 for number in range(MANY)}
 Parse = Callable[[Mapping[str, Any], PromptLimits], ParsedRequest]
 CHAT, COMPLETIONS, NATIVE = openai_chat.parse, openai_completions.parse, native.parse
 
-TGI = tgi.parse
+TGI, RESPONSES = tgi.parse, responses.parse
 
 
 def infer(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
@@ -66,6 +74,15 @@ BODIES: list[tuple[Parse, dict[str, Any]]] = [
     (TGI, {"inputs": "x", "parameters": FIELDS}),
     (TGI, {"inputs": "x", "parameters": {"stop": [1] * MANY}}),
     (TGI, {"inputs": "x", "parameters": {"grammar": FIELDS}}),
+    (RESPONSES, {"input": [{}] * MANY}),
+    (RESPONSES, {"input": [{"type": "x" * MANY}]}),
+    (RESPONSES, {"input": [*HI, *[{"role": "user", "content": [{}]}] * MANY]}),
+    (RESPONSES, {"input": [{"type": "reasoning", "summary": [{}] * MANY}]}),
+    (RESPONSES, {"input": "x", "tools": [{}] * MANY}),
+    (RESPONSES, {"input": "x", "include": ["x"] * MANY}),
+    (RESPONSES, {"input": "x", "metadata": FIELDS}),
+    (RESPONSES, {"input": "x", "text": {"format": FIELDS}}),
+    (RESPONSES, {"input": "x"} | FIELDS),
     (generate, {"text_input": "x", "parameters": FIELDS}),
     (infer, {"inputs": [{}] * MANY}),
     (infer, {"inputs": [TEXT] * MANY}),
