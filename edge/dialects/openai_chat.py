@@ -2,23 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_chat_schema import ChatCompletionRequest, ChatMessage, ChatNamedTool
-from edge.dialects.openai_schema import agreed
+from edge.dialects.openai_schema import TOOL_CHOICE_MODES, agreed
 from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason
 from edge.dialects.schema import validate
 from edge.errors import invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
-
-_MODES: Final = {
-    "none": pb.TOOL_CHOICE_MODE_NONE,
-    "auto": pb.TOOL_CHOICE_MODE_AUTO,
-    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
-}
 
 
 def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
@@ -93,7 +87,7 @@ def _chat(request: ChatCompletionRequest) -> pb.Chat:
         chat.tool_choice.mode = pb.TOOL_CHOICE_MODE_REQUIRED
         chat.tool_choice.name = choice.function.name
     elif choice == "required" or (choice is not None and request.tools):
-        chat.tool_choice.mode = _MODES[choice]
+        chat.tool_choice.mode = TOOL_CHOICE_MODES[choice]
     if request.tools and request.parallel_tool_calls is not None:
         chat.parallel_tool_calls = request.parallel_tool_calls
     if request.chat_template_kwargs:

@@ -1,13 +1,11 @@
 """Body of POST /v1/chat/completions."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from edge.dialects.openai_schema import OpenAIFields
-from edge.dialects.schema import Items, RequestModel, SomeItems, Uint32
-
-Nothing = Annotated[list[Any], Field(max_length=0)]
+from edge.dialects.schema import Items, Nothing, RequestModel, SomeItems, Uint32
 
 
 class TextPart(RequestModel):

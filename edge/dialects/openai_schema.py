@@ -1,14 +1,22 @@
 """Request fields that both OpenAI routes share, and how they read."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field
 
 from edge.dialects.constraint import ConstraintFields
 from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32
 from edge.errors import invalid_request
+from protos.sluice.v1 import generation_pb2 as pb
 
 Value = TypeVar("Value", int, bool)
+
+# How OpenAI calls what a model may do with its tools.
+TOOL_CHOICE_MODES: Final = {
+    "none": pb.TOOL_CHOICE_MODE_NONE,
+    "auto": pb.TOOL_CHOICE_MODE_AUTO,
+    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
+}
 
 
 class StreamOptions(RequestModel):

@@ -8,6 +8,7 @@ from typing import Any, Final
 from edge.dialects.common import field_names, shown_float
 from edge.dialects.constraint import JsonObjectFormat, of_schema
 from edge.dialects.dialect import ParsedRequest, PromptLimits, StreamEncoder
+from edge.dialects.openai_schema import TOOL_CHOICE_MODES
 from edge.dialects.openai_wire import finish_reason
 from edge.dialects.responses_input import Conversation
 from edge.dialects.responses_output import COMPLETED, IN_PROGRESS, INCOMPLETE, Event, Output
@@ -21,11 +22,6 @@ from edge.errors import EdgeError
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
-_MODES: Final = {
-    "auto": pb.TOOL_CHOICE_MODE_AUTO,
-    "none": pb.TOOL_CHOICE_MODE_NONE,
-    "required": pb.TOOL_CHOICE_MODE_REQUIRED,
-}
 _CANCELLED: Final = 499  # the status of a generation that was aborted from elsewhere
 
 
@@ -77,7 +73,7 @@ def _chat(request: ResponsesRequest, conversation: Conversation) -> pb.Chat:
         chat.tool_choice.mode = pb.TOOL_CHOICE_MODE_REQUIRED
         chat.tool_choice.name = choice.name
     elif choice == "required" or (choice is not None and request.tools):
-        chat.tool_choice.mode = _MODES[choice]
+        chat.tool_choice.mode = TOOL_CHOICE_MODES[choice]
     if request.tools and request.parallel_tool_calls is not None:
         chat.parallel_tool_calls = request.parallel_tool_calls
     if request.reasoning is not None and request.reasoning.effort is not None:

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 from edge.dialects.constraint import JsonObjectFormat, NamedSchema, TextFormat
 from edge.dialects.schema import (
     Items,
+    Nothing,
     RequestModel,
     SamplingFields,
     SomeItems,
@@ -16,7 +17,6 @@ from edge.dialects.schema import (
 
 ItemId = Annotated[str, Field(max_length=256)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
-Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 class ResponsesTextPart(RequestModel):

@@ -21,6 +21,7 @@ TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Element = TypeVar("Element")
 Items = Annotated[list[Element], Field(fail_fast=True)]
 SomeItems = Annotated[list[Element], Field(fail_fast=True, min_length=1)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
 
 # Far above what any model here has; each field beyond those it has is an error of its own.
 MAX_FIELDS = 64
