@@ -103,6 +103,7 @@ class Sluice:
         threads: int,
         *,
         deterministic: bool = False,
+        native: bool = True,
         name: str = name,
     ) -> None:
         self.name = name
@@ -111,6 +112,7 @@ class Sluice:
             dtype=dtype,
             threads=threads,
             deterministic=deterministic,
+            native=native,
             kv_cache_mib=_KV_CACHE_MIB,
             device="cpu",
         )

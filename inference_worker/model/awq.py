@@ -93,6 +93,11 @@ class AwqLinear(nn.Module):
         """Memory of the packed weights."""
         return self._weights.num_bytes
 
+    @property
+    def weights(self) -> PackedWeights:
+        """The weights alone: on a CPU they are CpuWeights."""
+        return self._weights
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs [..., out] of inputs [..., in]."""
         out = self._weights.multiply(x.reshape(-1, self.in_features))

@@ -77,6 +77,13 @@ class CpuWeights:
         """Memory taken."""
         return self._packed.nbytes + self._scales_zeros.nbytes
 
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes uint8 [out, in]; scales and offsets [groups, out]. A weight is (code - 8) * scale + offset."""
+        out, groups = self._out_features, len(self._scales_zeros)
+        codes = self._codes(0, len(self._packed)).transpose(1, 2).flatten(0, 1)[:out]
+        scales, offsets = self._scales_zeros[:, :out].reshape(groups, out, 2).unbind(2)
+        return codes.contiguous(), scales.contiguous(), offsets.contiguous()
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] times the weights: [rows, out] in the weights' dtype."""
         if self._scales_zeros.dtype == torch.bfloat16 and len(x) <= MAX_INT4_ROWS and _is_fast():
@@ -100,23 +107,29 @@ class CpuWeights:
 
     def _unpack(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
         """Write the weights of some outputs, whole blocks, to `into` [in, stop - start]."""
+        codes = self._codes(start, stop, into.dtype).sub_(8)
+        num_blocks, _, block = codes.shape
+        groups = len(self._scales_zeros)
+        # [block of outputs, group, input in the group, output in the block]
+        shape = (num_blocks, groups, -1, block)
+        scales, offsets = (
+            self._scales_zeros[:, start:stop, i].view(groups, num_blocks, 1, block).transpose(0, 1)
+            for i in (0, 1)
+        )
+        target = into.view(groups, -1, num_blocks, block).permute(2, 0, 1, 3)
+        torch.addcmul(offsets, codes.view(shape), scales, out=target)
+        return into
+
+    def _codes(self, start: int, stop: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        """Codes of some outputs, whole blocks: [block, in, output in the block]."""
         block, is_paired = _lane_order()
-        in_features, groups = into.shape[0], len(self._scales_zeros)
+        in_features = 2 * self._packed.shape[1]
         packed = self._packed[start:stop].view(-1, in_features, block // 2)
-        codes = into.new_empty(len(packed), in_features, block)
+        codes = torch.empty(len(packed), in_features, block, dtype=dtype)
         low, high = (codes[..., ::2], codes[..., 1::2]) if is_paired else codes.chunk(2, -1)
         low.copy_(packed & 15)
         high.copy_(packed >> 4)
-        codes.sub_(8)
-        # [block of outputs, group, input in the group, output in the block]
-        shape = (len(packed), groups, -1, block)
-        scales, offsets = (
-            self._scales_zeros[:, start:stop, i].view(groups, len(packed), 1, block).transpose(0, 1)
-            for i in (0, 1)
-        )
-        target = into.view(groups, -1, len(packed), block).permute(2, 0, 1, 3)
-        torch.addcmul(offsets, codes.view(shape), scales, out=target)
-        return into
+        return codes
 
 
 def _is_fast() -> bool:

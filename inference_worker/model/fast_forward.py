@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from inference_worker.model.decoder import fuse
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
-from inference_worker.model.native.decoder import NativeDecoder, Unfit
+from inference_worker.model.native.decoder import NativeDecoder
 from inference_worker.model.native.library import CannotCompile
+from inference_worker.model.native.matrix import Unfit
 
 _log = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 /* One forward pass of a Llama-like decoder over packed tokens, on one thread, without any other library.
  *
- * Matrices are row-major [outputs, inputs], as torch's linear layers keep them. Weights and the KV cache are of type
- * `number` (float, or bfloat16 with -DBFLOAT16); everything in between is float. A token's results depend neither on the
- * tokens that it shares the pass with nor on their order: each sum runs over the same terms in the same order.
+ * Matrices are row-major [outputs, inputs], as torch's linear layers keep them, or of 4-bit codes: see Matrix. Weights
+ * and the KV cache are of type `number` (float, or bfloat16 with -DBFLOAT16); everything in between is float. A token's
+ * results depend neither on the tokens that it shares the pass with nor on their order: each sum runs over the same
+ * terms in the same order.
  *
  * Vectors are GCC's, 512 bits wide, which any processor has: the compiler makes several of them where it must.
  */
@@ -17,11 +18,13 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define ROWS 6 /* of the input, in one tile: 6 x 4 sums and their operands fill the 32 registers of AVX-512 */
+#define MIDDLE 136.0f /* what a 4-bit code of 8 is read as */
 #define SLAB 48 /* rows of the input that stay in the processor's cache while a matrix streams by */
 
 typedef float vector __attribute__((vector_size(64)));
 typedef float unaligned __attribute__((vector_size(64), aligned(4)));
 typedef int32_t mask __attribute__((vector_size(64)));
+typedef int32_t unaligned_mask __attribute__((vector_size(64), aligned(4)));
 
 #ifdef BFLOAT16
 typedef uint16_t number;
@@ -87,10 +90,23 @@ INLINE vector multiply_add(vector to, const operand *x, const number *w) {
     __m512bh a = (__m512bh)_mm512_loadu_si512(x), b = (__m512bh)_mm512_loadu_si512(w);
     return (vector)_mm512_dpbf16_ps((__m512)to, a, b);
 }
+#define EXCESS MIDDLE /* how much more than (code - 8) times the input `multiply_add_pair` adds */
+INLINE vector multiply_add_pair(vector to, const operand *x, mask pair) {
+    int32_t inputs;
+    memcpy(&inputs, x, sizeof inputs);
+    return (vector)_mm512_dpbf16_ps((__m512)to, (__m512bh)_mm512_set1_epi32(inputs), (__m512bh)pair);
+}
+INLINE vector load_operands(const operand *x) { return load(x); }
 #else
 typedef float operand;
 #define STEP LANES
 INLINE vector multiply_add(vector to, const operand *x, const number *w) { return to + get(x) * load(w); }
+#define EXCESS 0.0f
+INLINE vector multiply_add_pair(vector to, const operand *x, mask pair) {
+    vector even = (vector)(pair << 16) - MIDDLE, odd = (vector)(pair & ~0xffff) - MIDDLE; /* exact */
+    return to + even * x[0] + odd * x[1];
+}
+INLINE vector load_operands(const operand *x) { return get(x); }
 #endif
 
 /* y[rows, columns] = x[rows, size] w[columns, size]^T + bias; added to what y holds if `adds`. */
@@ -123,15 +139,103 @@ INLINE void tiles(const operand *x, int64_t rows, int64_t size, const number *w,
     }
 }
 
-static void multiply(const float *x, int64_t rows, int64_t size, const number *w, const number *bias, int64_t columns,
-                     float *y, int adds, operand *scratch) {
+/* A matrix as `number`s or, where it has scales, as 4-bit codes: a weight is (code - 8) * scale + offset, and each group
+ * of inputs of one output shares a scale and an offset. */
+typedef struct {
+    const void *weights; /* number [outputs, inputs], or uint32_t [outputs / 16, inputs / 8, 16]: see code_tile */
+    const number *bias, *scales, *offsets; /* [outputs] and [groups, outputs]; null if there are none */
+    int64_t group_size;
+} Matrix;
+
+#define CODE_ROWS 4   /* of the input, in one tile of codes, */
+#define CODE_BLOCKS 4 /* and blocks of 16 outputs */
+
+/* As `tile`, for 16 * `blocks` outputs from `column` on. A word holds the codes of eight inputs, those of 2j and 2j + 1
+ * from its bits 4j and 16 + 4j on. In the low bits of a bfloat16 of 128, a code c makes 128 + c, without any table.
+ * `totals` [rows, groups] are the sums of each group's inputs, which offsets, and what 128 + c is too much, go by. */
+INLINE void code_tile(const operand *x, const float *totals, int64_t size, const Matrix *matrix, int64_t column,
+                      float *y, int64_t columns, int adds, const int rows, const int blocks) {
+    const int32_t *words = (const int32_t *)matrix->weights + column * (size / 8);
+    const int64_t groups = size / matrix->group_size;
+    vector results[CODE_ROWS][CODE_BLOCKS];
+    for (int i = 0; i < rows; i++)
+        for (int b = 0; b < blocks; b++)
+            results[i][b] = matrix->bias ? load(matrix->bias + column + b * LANES) : all(0.0f);
+    for (int64_t g = 0; g < groups; g++) {
+        vector sums[CODE_ROWS][CODE_BLOCKS];
+        for (int i = 0; i < rows; i++)
+            for (int b = 0; b < blocks; b++) sums[i][b] = all(0.0f);
+        for (int64_t k = g * matrix->group_size; k < (g + 1) * matrix->group_size; k += 8)
+            for (int b = 0; b < blocks; b++) {
+                mask word = *(const unaligned_mask *)(words + b * LANES * (size / 8) + k * 2);
+                for (int j = 0; j < 8; j += 2) {
+                    mask pair = (word >> 2 * j & 0x000f000f) | 0x43004300;
+                    for (int i = 0; i < rows; i++)
+                        sums[i][b] = multiply_add_pair(sums[i][b], x + i * size + k + j, pair);
+                }
+            }
+        for (int i = 0; i < rows; i++)
+            for (int b = 0; b < blocks; b++) {
+                int64_t at = g * columns + column + b * LANES;
+                float total = totals[i * groups + g];
+                results[i][b] += (sums[i][b] - EXCESS * total) * load(matrix->scales + at);
+                results[i][b] += load(matrix->offsets + at) * total;
+            }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int b = 0; b < blocks; b++) {
+            float *to = y + i * columns + column + b * LANES;
+            put(to, adds ? get(to) + results[i][b] : results[i][b]);
+        }
+}
+
+INLINE void code_tiles(const operand *x, const float *totals, int64_t rows, int64_t size, const Matrix *matrix,
+                       int64_t column, float *y, int64_t columns, int adds, const int blocks) {
+    const int64_t groups = size / matrix->group_size;
+    for (; rows >= CODE_ROWS; rows -= CODE_ROWS) {
+        code_tile(x, totals, size, matrix, column, y, columns, adds, CODE_ROWS, blocks);
+        x += CODE_ROWS * size, totals += CODE_ROWS * groups, y += CODE_ROWS * columns;
+    }
+    switch (rows) {
+    case 3: code_tile(x, totals, size, matrix, column, y, columns, adds, 3, blocks); break;
+    case 2: code_tile(x, totals, size, matrix, column, y, columns, adds, 2, blocks); break;
+    case 1: code_tile(x, totals, size, matrix, column, y, columns, adds, 1, blocks); break;
+    }
+}
+
+static void multiply_codes(const operand *x, int64_t rows, int64_t size, const Matrix *matrix, int64_t columns,
+                           float *y, int adds, float *totals) {
+    const int64_t group = matrix->group_size, groups = size / group;
+    for (int64_t i = 0; i < rows * groups; i++) {
+        vector total = all(0.0f);
+        for (int64_t k = 0; k < group; k += LANES) total += load_operands(x + i * group + k);
+        totals[i] = sum(total);
+    }
+    for (int64_t first = 0; first < rows; first += SLAB) {
+        const operand *in = x + first * size;
+        int64_t count = rows - first < SLAB ? rows - first : SLAB, j = 0;
+        float *out = y + first * columns;
+        for (; j + CODE_BLOCKS * LANES <= columns; j += CODE_BLOCKS * LANES)
+            code_tiles(in, totals + first * groups, count, size, matrix, j, out, columns, adds, CODE_BLOCKS);
+        for (; j < columns; j += LANES)
+            code_tiles(in, totals + first * groups, count, size, matrix, j, out, columns, adds, 1);
+    }
+}
+
+/* `scratch` has room for the operands and, behind them, a float for each 32. */
+static void multiply(const float *x, int64_t rows, int64_t size, const Matrix *matrix, int64_t columns, float *y,
+                     int adds, float *scratch) {
 #ifdef PRODUCT_BFLOAT16
-    for (int64_t i = 0; i < rows * size; i++) scratch[i] = narrow(x[i]);
-    const operand *in = scratch;
+    operand *in = (operand *)scratch;
+    for (int64_t i = 0; i < rows * size; i++) in[i] = narrow(x[i]);
 #else
     const operand *in = x;
-    (void)scratch;
 #endif
+    if (matrix->scales) {
+        multiply_codes(in, rows, size, matrix, columns, y, adds, scratch + rows * size);
+        return;
+    }
+    const number *w = matrix->weights, *bias = matrix->bias;
     for (int64_t first = 0; first < rows; first += SLAB) {
         int64_t count = rows - first < SLAB ? rows - first : SLAB, j = 0;
         for (; j + 4 <= columns; j += 4)
@@ -162,8 +266,8 @@ INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t siz
 }
 
 typedef struct {
-    const number *input_norm, *qkv, *qkv_bias, *query_norm, *key_norm, *output, *output_bias;
-    const number *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias; /* a null bias or query norm is none */
+    const number *input_norm, *query_norm, *key_norm, *mlp_norm; /* a null query norm is none */
+    Matrix qkv, output, gate_up, down;
     number *keys, *values; /* [slots, kv heads, head size] */
     int64_t window;        /* visible tokens, the querying one included; 0 for all */
 } Layer;
@@ -171,7 +275,8 @@ typedef struct {
 typedef struct {
     int64_t num_layers, size, num_heads, num_kv_heads, head_size, mlp_size, vocabulary, block_size;
     float epsilon, scaling;
-    const number *embedding, *norm, *head, *head_bias;
+    const number *embedding, *norm;
+    Matrix head;
     const Layer *layers;
 } Model;
 
@@ -247,7 +352,8 @@ int64_t scratch_size(const Model *model, int64_t num_tokens, int64_t longest) {
     int64_t widest = model->mlp_size > model->size ? model->mlp_size : model->size;
     int64_t heads = model->num_heads * model->head_size;
     widest = heads > widest ? heads : widest;
-    return num_tokens * (2 * model->size + qkv + heads + 3 * model->mlp_size + widest) + longest + 2 * LANES;
+    int64_t of_token = 2 * model->size + qkv + heads + 3 * model->mlp_size + widest + widest / 32;
+    return num_tokens * of_token + longest + 2 * LANES;
 }
 
 /* Logits [num_wanted, vocabulary] of the wanted tokens; keys and values of all tokens are written to their slots.
@@ -257,10 +363,10 @@ void forward(const Model *model, const Tokens *tokens, float *scratch, float *lo
     const int64_t heads = model->num_heads * head, kv = model->num_kv_heads * head, qkv_size = heads + 2 * kv;
     float *hidden = scratch, *normed = hidden + count * size, *qkv = normed + count * size;
     float *attended = qkv + count * qkv_size, *gates = attended + count * heads, *acts = gates + count * 2 * mlp;
-    operand *narrowed = (operand *)(acts + count * mlp);
+    float *operands = acts + count * mlp;
     int64_t widest = mlp > size ? mlp : size;
     widest = heads > widest ? heads : widest;
-    float *scores = acts + count * (mlp + widest);
+    float *scores = operands + count * (widest + widest / 32);
 
     for (int64_t t = 0; t < count; t++)
         for (int64_t i = 0; i < size; i += LANES)
@@ -269,7 +375,7 @@ void forward(const Model *model, const Tokens *tokens, float *scratch, float *lo
         const Layer *layer = &model->layers[l];
         for (int64_t t = 0; t < count; t++)
             normalise(hidden + t * size, layer->input_norm, model->epsilon, size, normed + t * size);
-        multiply(normed, count, size, layer->qkv, layer->qkv_bias, qkv_size, qkv, 0, narrowed);
+        multiply(normed, count, size, &layer->qkv, qkv_size, qkv, 0, operands);
         for (int64_t t = 0; t < count; t++) {
             float *row = qkv + t * qkv_size;
             for (int64_t h = 0; h < model->num_heads + model->num_kv_heads; h++) {
@@ -285,18 +391,18 @@ void forward(const Model *model, const Tokens *tokens, float *scratch, float *lo
         }
         for (int64_t t = 0; t < count; t++)
             attend(model, layer, tokens, t, qkv + t * qkv_size, scores, attended + t * heads);
-        multiply(attended, count, heads, layer->output, layer->output_bias, size, hidden, 1, narrowed);
+        multiply(attended, count, heads, &layer->output, size, hidden, 1, operands);
         for (int64_t t = 0; t < count; t++)
             normalise(hidden + t * size, layer->mlp_norm, model->epsilon, size, normed + t * size);
-        multiply(normed, count, size, layer->gate_up, layer->gate_up_bias, 2 * mlp, gates, 0, narrowed);
+        multiply(normed, count, size, &layer->gate_up, 2 * mlp, gates, 0, operands);
         for (int64_t t = 0; t < count; t++)
             for (int64_t i = 0; i < mlp; i += LANES) { /* SiLU of the gate, times the other half */
                 vector gate = get(gates + 2 * t * mlp + i), up = get(gates + (2 * t + 1) * mlp + i);
                 put(acts + t * mlp + i, gate / (1.0f + exponential(-gate)) * up);
             }
-        multiply(acts, count, mlp, layer->down, layer->down_bias, size, hidden, 1, narrowed);
+        multiply(acts, count, mlp, &layer->down, size, hidden, 1, operands);
     }
     for (int64_t i = 0; i < tokens->num_wanted; i++)
         normalise(hidden + tokens->wanted[i] * size, model->norm, model->epsilon, size, normed + i * size);
-    multiply(normed, tokens->num_wanted, size, model->head, model->head_bias, model->vocabulary, logits, 0, narrowed);
+    multiply(normed, tokens->num_wanted, size, &model->head, model->vocabulary, logits, 0, operands);
 }

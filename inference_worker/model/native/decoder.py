@@ -7,6 +7,7 @@ is one, which holds no lock of Python's meanwhile.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -15,31 +16,17 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from inference_worker.model.batch import Batch
-from inference_worker.model.decoder import FusedDecoder, Layer
+from inference_worker.model.decoder import FusedDecoder, Layer, Norm
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.native.library import load_library
-from inference_worker.model.projection import Projection
+from inference_worker.model.native.matrix import CMatrix, Matrix, Unfit, address
 
 _VECTOR: Final = 32  # what sizes of vectors are multiples of
 _HEAD_VECTOR: Final = 16
 _MAX_HEAD: Final = 256
 _FIRST_POSITIONS: Final = 2048  # whose rotation is computed at the start
-_LAYER_TENSORS: Final = [
-    "input_norm",
-    "qkv",
-    "qkv_bias",
-    "query_norm",
-    "key_norm",
-    "output",
-    "output_bias",
-    "mlp_norm",
-    "gate_up",
-    "gate_up_bias",
-    "down",
-    "down_bias",
-    "keys",
-    "values",
-]
+_NORMS: Final = ["input_norm", "query_norm", "key_norm", "mlp_norm"]
+_MATRICES: Final = ["qkv", "output", "gate_up", "down"]
 _MODEL_SIZES: Final = [
     "num_layers",
     "size",
@@ -53,7 +40,12 @@ _MODEL_SIZES: Final = [
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in _LAYER_TENSORS), ("window", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _NORMS),
+        *((name, CMatrix) for name in _MATRICES),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        ("window", ctypes.c_int64),
+    ]
 
 
 class _Model(ctypes.Structure):
@@ -61,7 +53,8 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _MODEL_SIZES),
         ("epsilon", ctypes.c_float),
         ("scaling", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "head_bias")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm")),
+        ("head", CMatrix),
         ("layers", ctypes.POINTER(_Layer)),
     ]
 
@@ -77,14 +70,11 @@ class _Tokens(ctypes.Structure):
     ]
 
 
-class Unfit(Exception):
-    """The C code does not know something of this model; the message is one line."""
-
-
 class NativeDecoder:
     """The forward pass of a fused decoder in C: a `Forward` whose logits are float32.
 
-    It computes on the same weights and the same cache. A token's logits do not depend on what else is in its batch.
+    It computes on the same weights, 4-bit ones in another order, and the same cache. A token's logits do not depend on
+    what else is in its batch.
     """
 
     def __init__(self, decoder: FusedDecoder, cache: KVCache) -> None:
@@ -97,20 +87,29 @@ class NativeDecoder:
         self._scratch_size.restype = ctypes.c_int64
         self._forward.argtypes = [ctypes.c_void_p] * 4
         self._forward.restype = None
-        self._decoder = decoder  # keeps the weights alive
+        # what C has addresses of lives here
         self._cache = cache
+        self._tensors = [decoder.embedding.weight, *(norm.weight for norm in _norms(decoder))]
+        self._head = Matrix(decoder.head.projection)
+        self._matrices = [_matrices(layer) for layer in decoder.layers]
+        sizes = {m.in_features for layer in self._matrices for m in layer.values()}
+        if any(size % _VECTOR for size in sizes | {self._head.in_features}):
+            raise Unfit(f"its sizes are not multiples of {_VECTOR}")
         self._layers = (_Layer * len(decoder.layers))(
-            *(_layer(layer, cache) for layer in decoder.layers)
+            *map(partial(_layer, cache), decoder.layers, self._matrices)
         )
-        self._model = _model(decoder, cache, self._layers)
+        self._model = _model(decoder, cache, self._head, self._matrices[0], self._layers)
         self._scratch = torch.empty(0)
-        self._cosine, self._sine = decoder.rotation(_FIRST_POSITIONS)
+        # without the layers, whose 4-bit weights are not needed any more
+        rest = FusedDecoder(decoder.embedding, decoder.rotary, [], decoder.head)
+        self._rotation = rest.rotation
+        self._cosine, self._sine = self._rotation(_FIRST_POSITIONS)
 
     def __call__(self, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
         """See Forward."""
         longest = int(batch.positions.max()) + 1
         if longest > len(self._cosine):
-            self._cosine, self._sine = self._decoder.rotation(2 * longest)
+            self._cosine, self._sine = self._rotation(2 * longest)
         num_floats = self._scratch_size(ctypes.byref(self._model), len(batch.positions), longest)
         if num_floats > len(self._scratch):
             self._scratch = torch.empty(num_floats)
@@ -156,12 +155,7 @@ def _check(decoder: FusedDecoder, cache: KVCache) -> None:
     if cache.device.type != "cpu":
         raise Unfit("it is for a CPU")
     first = decoder.layers[0]
-    projections = [_matrix(decoder.head.projection)]
-    norms = [decoder.head.norm]
     for layer in decoder.layers:
-        projections += map(_matrix, (layer.qkv, layer.output, layer.gate_up, layer.down))
-        norms += [layer.input_norm, layer.mlp_norm]
-        norms += [norm for norm in (layer.query_norm, layer.key_norm) if norm is not None]
         if (layer.heads, layer.head_dim, layer.scaling) != (
             first.heads,
             first.head_dim,
@@ -171,39 +165,43 @@ def _check(decoder: FusedDecoder, cache: KVCache) -> None:
         activation: Any = layer.activation
         if not isinstance(activation, nn.SiLU | SiLUActivation):
             raise Unfit(f"its activation is {type(activation).__name__}")
-    if len({norm.epsilon for norm in norms}) != 1:
+    if len({norm.epsilon for norm in _norms(decoder)}) != 1:
         raise Unfit("its norms differ")
-    if any(p.in_features % _VECTOR for p in projections):
-        raise Unfit(f"its sizes are not multiples of {_VECTOR}")
     if first.head_dim % _HEAD_VECTOR or first.head_dim > _MAX_HEAD:
         raise Unfit(f"its heads have {first.head_dim} elements")
 
 
-def _matrix(projection: Projection) -> nn.Linear:
-    linear: Any = projection
-    if type(linear) is nn.Linear and linear.weight.is_contiguous():
-        return linear
-    raise Unfit("its projections are not plain matrices")
+def _norms(decoder: FusedDecoder) -> list[Norm]:
+    norms = [decoder.head.norm]
+    for layer in decoder.layers:
+        of_layer = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
+        norms += [norm for norm in of_layer if norm is not None]
+    return norms
 
 
-def _layer(layer: Layer, cache: KVCache) -> _Layer:
-    tensors: dict[str, torch.Tensor | None] = {
-        "input_norm": layer.input_norm.weight,
-        "mlp_norm": layer.mlp_norm.weight,
-        "query_norm": None if layer.query_norm is None else layer.query_norm.weight,
-        "key_norm": None if layer.key_norm is None else layer.key_norm.weight,
-        "keys": cache.keys[layer.index],
-        "values": cache.values[layer.index],
-    }
-    for name in ("qkv", "output", "gate_up", "down"):
-        projection = _matrix(getattr(layer, name))
-        tensors[name], tensors[f"{name}_bias"] = projection.weight, projection.bias
-    window = cache.layers[layer.index].window or 0
-    return _Layer(**{name: _address(x) for name, x in tensors.items()}, window=window)
+def _matrices(layer: Layer) -> dict[str, Matrix]:
+    return {name: Matrix(getattr(layer, name)) for name in _MATRICES}
 
 
-def _model(decoder: FusedDecoder, cache: KVCache, layers: ctypes.Array[_Layer]) -> _Model:
-    first, head = decoder.layers[0], _matrix(decoder.head.projection)
+def _layer(cache: KVCache, layer: Layer, matrices: dict[str, Matrix]) -> _Layer:
+    norms: dict[str, Norm | None] = {name: getattr(layer, name) for name in _NORMS}
+    return _Layer(
+        **{name: None if norm is None else address(norm.weight) for name, norm in norms.items()},
+        **{name: matrix.addresses() for name, matrix in matrices.items()},
+        keys=address(cache.keys[layer.index]),
+        values=address(cache.values[layer.index]),
+        window=cache.layers[layer.index].window or 0,
+    )
+
+
+def _model(
+    decoder: FusedDecoder,
+    cache: KVCache,
+    head: Matrix,
+    matrices: dict[str, Matrix],
+    layers: ctypes.Array[_Layer],
+) -> _Model:
+    first = decoder.layers[0]
     num_heads, num_kv_heads, _ = first.heads
     return _Model(
         num_layers=len(layers),
@@ -211,18 +209,13 @@ def _model(decoder: FusedDecoder, cache: KVCache, layers: ctypes.Array[_Layer]) 
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=first.head_dim,
-        mlp_size=_matrix(first.down).in_features,
+        mlp_size=matrices["down"].in_features,
         vocabulary=head.out_features,
         block_size=cache.block_size,
         epsilon=decoder.head.norm.epsilon,
         scaling=first.scaling,
-        embedding=_address(decoder.embedding.weight),
-        norm=_address(decoder.head.norm.weight),
-        head=_address(head.weight),
-        head_bias=_address(head.bias),
+        embedding=address(decoder.embedding.weight),
+        norm=address(decoder.head.norm.weight),
+        head=head.addresses(),
         layers=layers,
     )
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

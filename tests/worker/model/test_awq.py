@@ -160,11 +160,12 @@ def save_model(directory: Path, quantization: Quantization, **fields: Any) -> An
     ],
     ids=str,
 )
+@pytest.mark.parametrize("native", [True, False], ids=["in C", "in torch"])
 def test_a_checkpoint_is_served_as_its_dequantised_model(
-    tmp_path: Path, quantization: Quantization
+    tmp_path: Path, native: bool, quantization: Quantization
 ) -> None:
     reference = save_model(tmp_path, quantization, attention_bias=True)
-    served = load_model(Settings(model=str(tmp_path), dtype="float32"))
+    served = load_model(Settings(model=str(tmp_path), dtype="float32", native=native))
     assert served.info.parameter_count == sum(p.numel() for p in reference.parameters())
     sequence = new_sequence(prompt_of(9))
     Driver(served.runner).run([sequence], 8)  # type: ignore[arg-type]

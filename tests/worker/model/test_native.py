@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import itertools
 import logging
 import math
 import stat
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from inference_worker.model.awq import AwqLinear
 from inference_worker.model.batch import Span
 from inference_worker.model.decoder import FusedDecoder
 from inference_worker.model.native import library
 from inference_worker.model.native.decoder import NativeDecoder
+from inference_worker.model.native.matrix import Matrix, Unfit, arrange
 from inference_worker.model.runner import ModelRunner
+from tests.worker.model.awq_checkpoints import round_to_nearest
 from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
 from tests.worker.model.test_decoder import FUSED, LENGTHS, NUM_TOKENS, randomise_vectors
 from tests.worker.model.tiny_models import build, build_from, config
 
+# with whole blocks of 64 outputs, as 4-bit weights are fused in
+QUANTIZABLE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 UNKNOWN_TO_C = "llama, another activation"
 
 
@@ -100,17 +110,85 @@ def logits_of(
     return [torch.cat(rows) for rows in parts]
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_is_computed_the_same_whatever_shares_its_step(dtype: torch.dtype) -> None:
+def test_a_token_is_computed_the_same_whatever_shares_its_step(
+    dtype: torch.dtype, is_quantized: bool
+) -> None:
     """To the last bit: alone or among others, in one chunk, in several, or token by token."""
-    model: PreTrainedModel = randomise_vectors(build("qwen3, query norms"))
+    sizes = QUANTIZABLE if is_quantized else {}
+    model: PreTrainedModel = randomise_vectors(build_from(config("Qwen3", **sizes)))
     model.to(dtype)  # type: ignore[arg-type]
+    if is_quantized:
+        quantize(model, group_size=32)
     runner = native_runner(model)
     prompts = [prompt_of(length, seed) for seed, length in enumerate((34, 1, 17, 20, 5, 9, 3, 11))]
     alone = [logits_of(runner, [ids])[0] for ids in prompts]
     for chunk in (1, 5, 1000):
         together = logits_of(runner, prompts, chunk)
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def quantize(model: PreTrainedModel, group_size: int) -> None:
+    """Give a model's layers 4-bit weights, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weights = round_to_nearest(module.weight, group_size, zero_point=True)
+            bias = None if module.bias is None else module.bias.detach()
+            model.set_submodule(name, AwqLinear.pack(weights, bias, model.dtype))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_4_bit_weights_give_what_torch_makes_of_them(group_size: int, family: str) -> None:
+    """In float32 both compute with the very same weights; outputs are no whole number of tiles."""
+    sizes = {"hidden_size": group_size + 128, "intermediate_size": 384, "head_dim": 32}
+    model = randomise_vectors(build_from(config(family, **sizes)))
+    quantize(model, group_size)
+    prompts = [prompt_of(length) for length in (1, 2, 3, 50, 61)]
+    expected = logits_of(new_runner(model), prompts)
+    for found, wanted in zip(logits_of(native_runner(model), prompts), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_4_bit_weights_in_half_precision_are_as_near_to_full() -> None:
+    model = randomise_vectors(build_from(config("Qwen2", **QUANTIZABLE)))
+    half = copy.deepcopy(model).bfloat16()
+    ids = [prompt_of(34)]
+    for each in (model, half):
+        quantize(each, group_size=64)
+    exact, own, found = (
+        logits_of(runner, ids)[0].float()
+        for runner in (new_runner(model), new_runner(half), native_runner(half))
+    )
+    assert float((found - exact).norm()) < 1.2 * float((own - exact).norm())
+
+
+def test_each_code_is_where_c_reads_it() -> None:
+    codes = torch.randint(16, (32, 40), dtype=torch.uint8)
+    words = arrange(codes)
+    assert words.shape == (2, 5, 16)
+    for output, place in itertools.product(range(32), range(40)):
+        word = int(words[output // 16, place // 8, output % 16])
+        shift = place % 8 // 2 * 4 + place % 2 * 16
+        assert word >> shift & 15 == int(codes[output, place])
+
+
+def test_4_bit_weights_are_not_kept_twice() -> None:
+    model = build_from(config("Llama", **QUANTIZABLE))
+    quantize(model, group_size=64)
+    in_torch = [weakref.ref(m) for m in model.modules() if isinstance(m, AwqLinear)]
+    runner = native_runner(model)
+    del model
+    gc.collect()
+    assert {reference() for reference in in_torch} == {None}
+    assert len(logits_of(runner, [[1, 2, 3]])[0]) == 3
+
+
+def test_outputs_that_are_no_whole_block_are_not_for_c() -> None:
+    weights = round_to_nearest(torch.randn(24, 64), 32, zero_point=True)
+    with pytest.raises(Unfit, match="24 outputs"):
+        Matrix(AwqLinear.pack(weights, None, torch.float32))
 
 
 def test_deterministic_takes_it_as_it_is() -> None:
