@@ -40,7 +40,7 @@ def fast_forwards(
         return
     if native and cache.device.type == "cpu" and torch.get_num_threads() == 1:
         try:
-            yield NativeDecoder(fused, cache)
+            yield NativeDecoder(fused, cache, context_length)
         except Unfit as reason:
             _log.debug("no forward pass in C: %s", reason)
         except CannotCompile as error:

@@ -77,8 +77,11 @@ class NativeDecoder:
     what else is in its batch.
     """
 
-    def __init__(self, decoder: FusedDecoder, cache: KVCache) -> None:
-        """Raises: Unfit; CannotCompile."""
+    def __init__(self, decoder: FusedDecoder, cache: KVCache, num_positions: int) -> None:
+        """`num_positions`: positions are below it.
+
+        Raises: Unfit; CannotCompile.
+        """
         _check(decoder, cache)
         library = load_library(cache.dtype)
         self._forward = library.forward
@@ -101,8 +104,8 @@ class NativeDecoder:
         self._model = _model(decoder, cache, self._head, self._matrices[0], self._layers)
         self._scratch = torch.empty(0)
         # without the layers, whose 4-bit weights are not needed any more
-        rest = FusedDecoder(decoder.embedding, decoder.rotary, [], decoder.head)
-        self._rotation = rest.rotation
+        self._rest = FusedDecoder(decoder.embedding, decoder.rotary, [], decoder.head)
+        self._num_positions = num_positions
         self._cosine, self._sine = self._rotation(_FIRST_POSITIONS)
 
     def __call__(self, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
@@ -133,6 +136,10 @@ class NativeDecoder:
         )
         del tables  # alive until here: `blocks` points into them
         return logits
+
+    def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # asked for more positions than the model was made for, some embeddings change their frequencies
+        return self._rest.rotation(min(count, self._num_positions))
 
 
 def _blocks(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.uintp]], list[torch.Tensor]]:

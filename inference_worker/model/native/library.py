@@ -76,7 +76,10 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user without HOME whom the system does not know
+        raise CannotCompile(f"there is no place for its library: {error}") from error
     return Path(root, "sluice")
 
 

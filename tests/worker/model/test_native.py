@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import math
+import os
 import stat
 import weakref
 from pathlib import Path
@@ -26,7 +27,7 @@ from inference_worker.model.runner import ModelRunner
 from tests.worker.model.awq_checkpoints import round_to_nearest
 from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
 from tests.worker.model.test_decoder import FUSED, LENGTHS, NUM_TOKENS, randomise_vectors
-from tests.worker.model.tiny_models import build, build_from, config
+from tests.worker.model.tiny_models import CONTEXT, build, build_from, config
 
 # with whole blocks of 64 outputs, as 4-bit weights are fused in
 QUANTIZABLE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -205,6 +206,20 @@ def test_positions_beyond_those_computed_at_the_start(monkeypatch: pytest.Monkey
     assert sequence.token_ids == expected
 
 
+@pytest.mark.parametrize("first_positions", [8, 2048])
+def test_frequencies_stay_those_of_the_models_own_length(
+    first_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamic rotary embeddings change theirs as soon as they are asked for one position more."""
+    monkeypatch.setattr("inference_worker.model.native.decoder._FIRST_POSITIONS", first_positions)
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    model = build_from(config("Llama", rope_parameters=rope))
+    ids = prompt_of(CONTEXT - 1)
+    with torch.inference_mode():
+        own = model(torch.tensor([ids]), use_cache=False).logits[0]
+    assert torch.allclose(logits_of(native_runner(model), [ids], 50)[0], own, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_no_number_stays_in_its_row(dtype: torch.dtype) -> None:
     model: PreTrainedModel = build("llama")
@@ -252,6 +267,13 @@ def test_without_a_compiler_torch_serves_and_the_log_says_so(
     assert isinstance(runner._forward, FusedDecoder)
     [line] = [r.getMessage() for r in caplog.records if "steps run in torch, not in C" in r.message]
     assert "\n" not in line
+
+
+def test_a_user_without_a_home_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    assert isinstance(new_runner(build("llama"), native=True)._forward, FusedDecoder)
 
 
 def test_compiled_once_and_for_this_user_alone(
