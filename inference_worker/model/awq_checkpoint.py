@@ -84,15 +84,15 @@ def finish(
     Raises: LoadError.
     """
     understood = set()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, StoredAwq):
-            stored: dict[str, torch.Tensor | None] = dict(module.named_buffers())
-            bias = stored.pop("bias", None)
-            if not awq.zero_point and (zeros := f"{name}.qzeros") in missing:
-                understood.add(zeros)
-                stored["qzeros"] = None
-            weights = unpack(awq.layout, stored, awq.group_size)
-            model.set_submodule(name, AwqLinear.pack(weights, bias, dtype))
+    # by name: what has been packed must be gone before the next is, or the weights would be there twice
+    for name in [name for name, module in model.named_modules() if isinstance(module, StoredAwq)]:
+        stored: dict[str, torch.Tensor | None] = dict(model.get_submodule(name).named_buffers())
+        bias = stored.pop("bias", None)
+        if not awq.zero_point and (zeros := f"{name}.qzeros") in missing:
+            understood.add(zeros)
+            stored["qzeros"] = None
+        weights = unpack(awq.layout, stored, awq.group_size)
+        model.set_submodule(name, AwqLinear.pack(weights, bias, dtype))
     return sorted(set(missing) - understood)
 
 

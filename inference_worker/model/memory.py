@@ -14,6 +14,7 @@ _MEMINFO = Path("/proc/meminfo")
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device; on a CPU within the control group's limit too."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself would count as taken
         free, _total = torch.cuda.mem_get_info(device)
         return free
     free = _system_free_bytes(_MEMINFO)

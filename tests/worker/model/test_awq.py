@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from inference_worker.model import awq_cpu
 from inference_worker.model.awq import AwqLinear
+from inference_worker.model.awq_checkpoint import StoredAwq
 from inference_worker.model.awq_layout import LAYOUTS, pack_gemm, stored_shapes, unpack
 from inference_worker.model.errors import LoadError, UnsupportedModel
 from inference_worker.model.loader import load_model
@@ -172,6 +174,28 @@ def test_a_checkpoint_is_served_as_its_dequantised_model(
     # the norms and embeddings are stored in half precision
     reference.half().float()
     assert sequence.token_ids == generate(reference, prompt_of(9), 8)
+
+
+def test_weights_are_never_there_both_stored_and_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, Quantization())
+    stored: weakref.WeakSet[StoredAwq] = weakref.WeakSet()
+    left: list[int] = []
+
+    def remember(module: StoredAwq, *arguments: Any) -> None:
+        make(module, *arguments)
+        stored.add(module)
+
+    def count(*arguments: Any) -> AwqLinear:
+        left.append(len(stored))
+        return pack(*arguments)
+
+    make, pack = StoredAwq.__init__, AwqLinear.pack
+    monkeypatch.setattr(StoredAwq, "__init__", remember)
+    monkeypatch.setattr(AwqLinear, "pack", count)
+    load_model(Settings(model=str(tmp_path)))
+    assert left == list(range(14, 0, -1))
 
 
 def test_a_cpu_takes_bfloat16_unless_told_otherwise(tmp_path: Path) -> None:
