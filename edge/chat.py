@@ -20,6 +20,8 @@ with contextlib.suppress(ImportError):  # not on every system; it lets input() e
 
 _ATTEMPTS: Final = 8  # refusals in a row for want of room
 _CONNECT_SECONDS: Final = 10.0
+_WAIT_SECONDS: Final = 2.0  # after a refusal that does not say for how long
+_LONGEST_WAIT_SECONDS: Final = 30.0
 _SILENCE_SECONDS: Final = 60.0  # the edge sends a ping every 15 s
 # What a terminal would obey instead of showing it: all controls but line ends and tabs.
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -56,6 +58,8 @@ class Server:
             yield from _events(response)
         except (OSError, http.client.HTTPException) as error:
             raise ChatError(f"the connection to {self.url} failed ({error})") from error
+        except ValueError as error:
+            raise ChatError(f"what came from {self.url} is no stream of events") from error
         finally:
             connection.close()
 
@@ -80,8 +84,17 @@ class Server:
             return response
         message = _error_message(response.read(), response.status)
         if response.status in (429, 503):
-            raise Busy(message, float(response.headers.get("retry-after", 2)))
+            raise Busy(message, _wait_seconds(response.headers.get("retry-after", "")))
         raise ChatError(message)
+
+
+def _wait_seconds(given: str) -> float:
+    """What a Retry-After header says, where that is a number of seconds."""
+    try:
+        seconds = float(given)
+    except ValueError:
+        return _WAIT_SECONDS
+    return min(seconds, _LONGEST_WAIT_SECONDS) if seconds > 0 else _WAIT_SECONDS
 
 
 def _error_message(body: bytes, status: int) -> str:
@@ -123,7 +136,7 @@ class Chat:
         except KeyboardInterrupt:
             _say(notes, "\n[stopped]")
         except ChatError as error:
-            _say(notes, f"{chr(10) if answer else ''}[{_CONTROLS.sub(' ', str(error))}]")
+            _say(notes, f"{chr(10) if answer else ''}[{error}]")
             if not answer:
                 self._messages.pop()
                 return False
@@ -183,6 +196,7 @@ def _figures(finished: dict[str, Any], begun: float, first: float | None) -> str
 
 
 def _say(notes: TextIO, text: str) -> None:
+    text = _CONTROLS.sub(" ", text)  # some of it may be the server's
     notes.write(f"\033[2m{text}\033[0m\n" if notes.isatty() else f"{text}\n")
     notes.flush()
 

@@ -5,7 +5,7 @@ const MOST_CHARACTERS = 1_000_000; // of a kept conversation; browsers give a pa
 
 /** The kept conversation: [{role: "user", text}, {role: "assistant", …}]. */
 export function loadConversation() {
-  const kept = read(localStorage, CONVERSATION);
+  const kept = read("localStorage", CONVERSATION);
   return Array.isArray(kept) ? kept : [];
 }
 
@@ -13,23 +13,24 @@ export function loadConversation() {
 export function saveConversation(records) {
   for (const keep of [records, records.map((record) => ({ ...record, tokens: [] }))]) {
     const text = JSON.stringify(keep);
-    if (text.length <= MOST_CHARACTERS && write(localStorage, CONVERSATION, text)) return;
+    if (text.length <= MOST_CHARACTERS && write("localStorage", CONVERSATION, text)) return;
   }
-  localStorage.removeItem(CONVERSATION);
+  write("localStorage", CONVERSATION, "[]");
 }
 
 export function loadSettings() {
-  return { ...read(localStorage, SETTINGS), key: sessionStorage.getItem(KEY) ?? "" };
+  return { ...read("localStorage", SETTINGS), key: read("sessionStorage", KEY) ?? "" };
 }
 
 export function saveSettings({ key, ...settings }) {
-  write(localStorage, SETTINGS, JSON.stringify(settings));
-  write(sessionStorage, KEY, key);
+  write("localStorage", SETTINGS, JSON.stringify(settings));
+  write("sessionStorage", KEY, JSON.stringify(key));
 }
 
+// A browser that keeps nothing for this page throws as soon as it is asked for a storage.
 function read(storage, name) {
   try {
-    return JSON.parse(storage.getItem(name));
+    return JSON.parse(window[storage].getItem(name));
   } catch {
     return null;
   }
@@ -37,7 +38,7 @@ function read(storage, name) {
 
 function write(storage, name, text) {
   try {
-    storage.setItem(name, text);
+    window[storage].setItem(name, text);
     return true;
   } catch {
     return false; // full, or not allowed: the page works without

@@ -44,7 +44,8 @@ def browser() -> Iterator[Any]:
 class Visit:
     """A page open in a browser of its own, and what it did behind the scenes."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, browser: Any, url: str, script: str = "") -> None:
+        """`script` runs before the page's own."""
         self.context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(_PATIENCE)
@@ -53,6 +54,7 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self._note)
+        self.page.add_init_script(script)
         self.page.goto(url)
         self.page.wait_for_selector(".light[data-state=ready]")
 
@@ -161,6 +163,22 @@ def test_settings_reach_the_model(visit: Visit) -> None:
     assert "cut at the token limit" in foot
     body = page.evaluate("JSON.parse(localStorage['sluice.settings'])")
     assert body["system"] == "You are a helpful assistant."
+
+
+def test_a_browser_that_keeps_nothing_for_the_page_still_talks(browser: Any, stack: Stack) -> None:
+    forbidden = "{get() { throw new DOMException('not allowed', 'SecurityError'); }}"
+    visit = Visit(
+        browser,
+        stack.url,
+        f"for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, {forbidden});",
+    )
+    visit.page.click("#open-settings")
+    visit.page.fill("[name=max_tokens]", "4")
+    visit.ask("Count to 10")
+    visit.wait_written()
+    assert "4 tokens" in visit.page.locator(".foot").last.inner_text()
+    assert visit.complaints == []
+    visit.context.close()
 
 
 def test_a_full_server_is_told_in_words_with_a_countdown(

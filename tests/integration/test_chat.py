@@ -7,8 +7,10 @@ import pty
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -138,3 +140,38 @@ def test_refusals_are_told_in_one_line(stack: Stack) -> None:
     assert absent.returncode == 1
     assert "the connection to http://127.0.0.1:9 failed" in absent.stderr
     assert chat("--url", "ftp://x", question="").returncode == 2
+
+
+def test_a_server_cannot_command_the_terminal() -> None:
+    refusal = rb'{"error": {"message": "\u001b]0;mine\u0007\u009b2Jbusy"}}'
+    answer = (
+        rb'event: delta%cdata: {"text": "a\u001b[31mb"}%c'
+        rb'event: finished%cdata: {"finish_reason": "\u001b[2J", "usage": {"completion_tokens": 1}}%c'
+    ) % (10, 10, 10, 10)
+    answers = [(429, "0.01", refusal), (503, "nan", refusal), (400, "", refusal)]
+    answers += [(200, "", answer), (200, "", b"data: {\n")]
+
+    class Hostile(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            status, wait, body = answers.pop(0)
+            self.send_response(status)
+            self.send_header("retry-after", wait)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = chat("--url", f"http://127.0.0.1:{server.server_port}", question="One\nTwo\nThree\n")
+        server.shutdown()
+    assert not answers
+    assert done.stdout == "a\ufffd[31mb\n"
+    assert done.stderr.count("busy") == 3
+    assert "ended by" in done.stderr
+    assert "is no stream of events" in done.stderr
+    assert not set(done.stderr) & {
+        chr(code) for code in (*range(32), *range(127, 160)) if code != 10
+    }
