@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 PROGRAM = "inference_worker.quantize"
-_BUILT_IN_TEXT = Path(__file__).with_name("calibration.txt")
+BUILT_IN_TEXT: Final = Path(__file__).with_name("calibration.txt")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         metavar="FILE",
         type=Path,
-        default=_BUILT_IN_TEXT,
+        default=BUILT_IN_TEXT,
         help="UTF-8 text like what the model will be asked and will answer (default: a short one that is built in)",
     )
     parser.add_argument(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from inference_worker.default_model import CHECKPOINT
 from inference_worker.model import awq_cpu
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_checkpoint import StoredAwq
@@ -35,6 +39,7 @@ from tests.worker.model.tiny_models import build_from, config
 
 GROUP_SIZES = (32, 64, 128)
 VOCABULARY = 260
+PINNED = Path(__file__).parents[1] / "pinned_answers.json"
 
 
 def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -196,6 +201,34 @@ def test_weights_are_never_there_both_stored_and_packed(
     monkeypatch.setattr(AwqLinear, "pack", count)
     load_model(Settings(model=str(tmp_path)))
     assert left == list(range(14, 0, -1))
+
+
+def test_the_embedded_model_answers_as_its_dequantised_form(tmp_path: Path) -> None:
+    """Greedy text of pinned prompts, in either number type, in C and in torch: as float32 makes of the same values."""
+    conversations = json.loads(PINNED.read_text())[::6]
+    reference: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32")
+    save_quantized(reference, tmp_path, Quantization(group_size=64))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(CHECKPOINT / name, tmp_path / name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [
+        tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True)["input_ids"]
+        for row in conversations
+    ]
+    end = tokenizer.eos_token_id
+    expected = [until(end, generate(reference, ids, 20)[len(ids) :]) for ids in prompts]
+    assert len({tuple(answer) for answer in expected}) > len(prompts) // 2
+    for dtype, native in itertools.product(("float32", "bfloat16"), (True, False)):
+        settings = Settings(model=str(tmp_path), dtype=dtype, native=native)
+        sequences = [new_sequence(ids) for ids in prompts]
+        Driver(load_model(settings).runner).run(sequences, 20)  # type: ignore[arg-type]
+        found = [s.token_ids[len(ids) :] for s, ids in zip(sequences, prompts, strict=True)]
+        assert [until(end, answer) for answer in found] == expected, (dtype, native)
+
+
+def until(end: int, token_ids: list[int]) -> list[int]:
+    """What comes before the end of text."""
+    return token_ids[: token_ids.index(end)] if end in token_ids else token_ids
 
 
 def test_a_cpu_takes_bfloat16_unless_told_otherwise(tmp_path: Path) -> None:
