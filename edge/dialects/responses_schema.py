@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from edge.dialects.constraint import JsonObjectFormat, NamedSchema, TextFormat
 from edge.dialects.schema import (
@@ -97,9 +98,14 @@ class ResponsesReasoningItem(RequestModel):
 
 def _with_type(value: object) -> object:
     """A message may leave its type out."""
-    if isinstance(value, dict) and "role" in value and "type" not in value:
-        return {"type": "message", **value}
-    return value
+    if not isinstance(value, dict):
+        return value
+    if value.get("type") == "item_reference":
+        raise PydanticCustomError(
+            "item_reference",
+            "nothing is stored that item_reference could mean; send the item itself, as clients do with store: false",
+        )
+    return {"type": "message", **value} if "role" in value and "type" not in value else value
 
 
 ResponsesItem = Annotated[

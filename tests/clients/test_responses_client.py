@@ -138,6 +138,38 @@ def test_parse_gives_the_model(client: openai.OpenAI) -> None:
     assert streamed.output_parsed == response.output_parsed
 
 
+def test_a_call_that_is_required_and_the_turn_after_it(client: openai.OpenAI) -> None:
+    paint: Any = {
+        "type": "function",
+        "name": "paint",
+        "description": "Paints.",
+        "parameters": Colour.model_json_schema() | {"additionalProperties": False},
+        "strict": True,
+    }
+    only: Any = {"type": "function", "name": "paint"}
+    with client.responses.stream(
+        model="default", input="Paint!", tools=[paint], tool_choice=only, parallel_tool_calls=False
+    ) as stream:
+        pieces = [
+            event.delta
+            for event in stream
+            if event.type == "response.function_call_arguments.delta"
+        ]
+        response = stream.get_final_response()
+    assert response.status == "completed"
+    (call,) = response.output
+    assert call.type == "function_call"
+    assert call.name == "paint"
+    assert "".join(pieces) == call.arguments
+    assert len(pieces) > 1
+    Colour.model_validate_json(call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    turns: list[Any] = [{"role": "user", "content": "Paint!"}, call, result]
+    after = client.responses.create(model="default", input=turns, tools=[paint], tool_choice="none")
+    assert after.status == "completed"
+    assert [item.type for item in after.output] == ["message"]
+
+
 def test_each_refusal_is_its_own_exception(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.responses.create(model="default", input=COUNT, temperature=200.0)

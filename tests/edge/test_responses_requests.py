@@ -162,7 +162,7 @@ def test_effort_is_told_to_the_template() -> None:
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"input": []}, "input"),
         ({"input": None}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
@@ -180,6 +180,13 @@ def test_what_is_not_there_is_refused_by_name(fields: dict[str, Any], param: str
         request_of(**fields)
     assert (refused.value.status, refused.value.param) == (400, param)
     assert param in refused.value.message
+
+
+def test_a_reference_is_refused_with_what_to_do_about_it() -> None:
+    message = {"role": "user", "content": "x"}
+    with pytest.raises(EdgeError, match="send the item itself") as refused:
+        request_of(input=[message, {"type": "item_reference", "id": "msg_1"}])
+    assert refused.value.param == "input[1]"
 
 
 @pytest.mark.parametrize(
