@@ -138,7 +138,7 @@ class EdgeSettings(BaseSettings):
     max_json_depth: int = Field(
         32,
         ge=4,
-        le=512,
+        le=250,  # what orjson writes again, a tool's schema say, may be 254 levels deep
         description="Deepest nesting of a request body.",
         json_schema_extra=unit("levels"),
     )

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from annotated_types import Le
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from edge.dialects.openai_chat import ChatCollector, ChatEncoder
 from edge.dialects.openai_completions import CompletionEncoder
 from edge.errors import EdgeError
 from edge.json_codec import decode_object, encode
+from edge.settings import EdgeSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.sse import parse
 
@@ -175,3 +177,15 @@ def test_anthropic_has_a_block_for_each() -> None:
     assert [one["type"] for one in answer["content"]] == ["thinking", "text", "tool_use"]
     assert answer["content"][2]["input"] == {"a": 1}
     assert answer["stop_reason"] == "tool_use"
+
+
+def test_what_a_body_may_hold_can_be_written_again() -> None:
+    """A tool's schema is passed on as JSON."""
+    [deepest] = [
+        m.le for m in EdgeSettings.model_fields["max_json_depth"].metadata if isinstance(m, Le)
+    ]
+    assert isinstance(deepest, int)
+    body = b'{"a":' * deepest + b"1" + b"}" * deepest
+    value = decode_object(body, deepest)
+    assert encode(value) == body
+    assert encode({"response": {"tools": [value]}}).endswith(b"}")
