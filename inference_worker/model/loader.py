@@ -293,6 +293,8 @@ def _load_weights(
     dtype = settings.dtype
     if awq is not None and dtype == "auto" and device.type == "cpu":
         dtype = "bfloat16"  # the only one that a CPU multiplies 4-bit weights fast in
+    if awq is not None and device.type == "cuda":
+        _check_kernels(device)
     try:
         with nullcontext() if awq is None else native_awq(awq):
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
@@ -316,6 +318,11 @@ def _load_weights(
     except (ValueError, ImportError, RuntimeError, KeyError, AttributeError) as error:
         raise UnsupportedModel(_first_line(error)) from error
     return model
+
+
+def _check_kernels(device: torch.device) -> None:
+    if (fault := kernels.find_fault(device, torch.float16)) is not None:
+        raise LoadError(f"AWQ weights on a GPU need the CUDA kernels, which do not run: {fault}")
 
 
 def _count_parameters(model: PreTrainedModel) -> int:

@@ -149,6 +149,14 @@ def test_image_runs_as_a_numbered_user_and_hears_signals(service: str) -> None:
     assert "CMD [" in argument_of(final, "HEALTHCHECK")
 
 
+def test_a_cuda_image_can_compile_what_launches_its_kernels() -> None:
+    final = stages("worker")[-1]
+    (place,) = (i for i, (name, rest) in enumerate(final) if name == "RUN" and "triton" in rest)
+    assert {"gcc", "libc6-dev"} <= set(final[place][1].split())
+    # it looks whether triton is there
+    assert place > final.index(("COPY", "--from=dependencies /opt/venv /opt/venv"))
+
+
 @services
 def test_code_does_not_decide_which_dependencies_are_installed_again(service: str) -> None:
     *before, code, final = stages(service)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from inference_worker.default_model import CHECKPOINT
@@ -25,7 +25,7 @@ from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_checkpoint import StoredAwq
 from inference_worker.model.awq_layout import LAYOUTS, pack_gemm, stored_shapes, unpack
 from inference_worker.model.errors import LoadError, UnsupportedModel
-from inference_worker.model.loader import load_model
+from inference_worker.model.loader import _load_weights, load_model
 from tests.worker.model.awq_checkpoints import (
     Quantization,
     edit_config,
@@ -235,6 +235,16 @@ def test_a_cpu_takes_bfloat16_unless_told_otherwise(tmp_path: Path) -> None:
     save_model(tmp_path, Quantization())
     assert load_model(Settings(model=str(tmp_path))).info.dtype == "bfloat16"
     assert load_model(Settings(model=str(tmp_path), dtype="float16")).info.dtype == "float16"
+
+
+def test_a_gpu_whose_kernels_do_not_run_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, Quantization())
+    monkeypatch.setattr("inference_worker.model.kernels.find_fault", lambda *_: "no C compiler")
+    settings = Settings(model=str(tmp_path))
+    with pytest.raises(LoadError, match=r"^AWQ weights on a GPU need .*: no C compiler$"):
+        _load_weights(settings, AutoConfig.from_pretrained(tmp_path), torch.device("cuda", 0))
 
 
 def test_transformers_own_way_is_back_after_the_load(tmp_path: Path) -> None:
