@@ -138,7 +138,7 @@ async def exchange(endpoint: Endpoint, request: bytes, timeout_seconds: float) -
         async with asyncio.timeout(timeout_seconds):
             transport, connection = await loop.create_connection(
                 lambda: _Connection(request, answer),
-                parts.hostname,
+                parts.hostname or "",
                 parts.port or (443 if parts.scheme == "https" else 80),
                 ssl=ssl.create_default_context() if parts.scheme == "https" else None,
             )

@@ -15,7 +15,7 @@ from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model.candidates import draw_from_candidates
 from inference_worker.model.grammar_masks import restrict
-from inference_worker.model.penalties import adjust, changes_logits
+from inference_worker.model.penalties import adjusted
 from inference_worker.model.randomness import uniforms
 from inference_worker.model.scores import Scores
 from inference_worker.model.transfer import Download, upload
@@ -49,8 +49,8 @@ def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception
 def draw(logits: torch.Tensor, rows: Rows[Sequence], *, one_by_one: bool = False) -> Drawn:
     """Draw a token for each row.
 
-    `logits` is float32 [rows, vocabulary] and is left as it is. Bias and penalties come first (`penalties`), then what
-    a row's grammar forbids (`grammar_masks`), then temperature, which divides the logits, then `truncation`;
+    `logits` is float32 [rows, vocabulary] and the same afterwards. Bias and penalties come first (`penalties`), then
+    what a row's grammar forbids (`grammar_masks`), then temperature, which divides the logits, then `truncation`;
     temperature 0 takes the greatest logit, the first of equal ones. Log-probabilities, where asked for, are those of
     the logits as the model gave them.
 
@@ -97,21 +97,11 @@ class _Part:
     def __init__(self, logits: torch.Tensor, rows: Rows[Sequence]) -> None:
         self._logits = logits
         self._rows = rows
-        params = [row.request.sampling for row in rows]
-        drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-        adjusted = adjust(logits, rows) if any(map(changes_logits, params)) else logits
-        adjusted, self._failures = restrict(adjusted, rows)
-        tokens = greatest(adjusted)
-        peaks = adjusted.gather(1, tokens[:, None])[:, 0]
-        sound = peaks.isfinite()
-        if len(drawn) == len(rows):
-            tokens = _draw(adjusted, peaks, rows)
-        elif drawn:
-            where = upload(np.array(drawn), logits.device)
-            tokens[where] = _draw(adjusted, peaks, rows)[where]
-        self.tokens = tokens
+        with adjusted(logits, rows) as changed:
+            restricted, self._failures = restrict(changed, rows)
+            self.tokens, sound = _choose(restricted, rows)
         # failed rows are told apart by a negative id: one transfer from the device for tokens and failures
-        self._outcome = Download(tokens.masked_fill(~sound, -1))
+        self._outcome = Download(self.tokens.masked_fill(~sound, -1))
         self._asked = [i for i, row in enumerate(rows) if row.request.output.logprobs is not None]
         self._scores = self._score()
 
@@ -135,6 +125,20 @@ class _Part:
         asked = upload(np.array(self._asked), self._logits.device)
         num_top = [self._rows[i].request.output.logprobs or 0 for i in self._asked]
         return Scores(self._logits[asked], self.tokens[asked], num_top)
+
+
+def _choose(logits: torch.Tensor, rows: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows], and which of them come of a row that leaves something to choose [rows]."""
+    drawn = [i for i, row in enumerate(rows) if row.request.sampling.temperature > 0]
+    tokens = greatest(logits)
+    peaks = logits.gather(1, tokens[:, None])[:, 0]
+    sound = peaks.isfinite()
+    if len(drawn) == len(rows):
+        tokens = _draw(logits, peaks, rows)
+    elif drawn:
+        where = upload(np.array(drawn), logits.device)
+        tokens[where] = _draw(logits, peaks, rows)[where]
+    return tokens, sound
 
 
 def greatest(logits: torch.Tensor) -> torch.Tensor:

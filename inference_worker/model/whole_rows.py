@@ -1,6 +1,6 @@
-"""Draws on a CPU from rows that may keep many tokens: a weight for every token, one row after the other.
+"""Draws on a CPU from rows that may keep many tokens: a weight for every token, one row or a few after the other.
 
-A row's arrays stay in the processor's cache that way, which matters more than the calls saved by taking rows together.
+Their arrays stay in the processor's cache that way, which matters more than the calls saved by taking all together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ Floats = npt.NDArray[np.float32]
 
 # Tokens whose weights are summed together before the one that is drawn is sought inside its group.
 _GROUP = 256
+# Rows whose masses are summed together.
+_ROWS_AT_ONCE = 4
 # Bins of the scores in which top-p's last survivor is sought, by equal steps of the logarithm; the last bin takes the
 # rest, whose weights are below exp(-32).
 _NUM_BINS = 2048
@@ -37,13 +39,16 @@ def draw_from_whole_rows(
     """
     vocabulary = logits.shape[1]
     tokens = np.zeros(len(logits), dtype=np.int64)
-    scores, weights = np.empty((2, vocabulary), dtype=np.float32)
+    scores = np.empty(vocabulary, dtype=np.float32)
+    [groups] = _empty_groups(vocabulary, 1)
+    weights = groups.reshape(-1)[:vocabulary]
     is_narrow = truncation.is_narrow(vocabulary)
-    for row in np.flatnonzero(wanted & np.isfinite(peaks)).tolist():
-        _weigh(logits[row], peaks[row], temperatures[row], scores, weights)
-        if is_narrow[row]:
-            weights[scores < _last_survivor(scores, weights, truncation, row)] = 0
-        tokens[row] = _invert(weights, u[row])
+    with np.errstate(over="ignore"):  # see _weigh
+        for row in np.flatnonzero(wanted & np.isfinite(peaks)).tolist():
+            _weigh(logits[row], peaks[row], temperatures[row], scores, weights)
+            if is_narrow[row]:
+                weights[scores < _last_survivor(scores, weights, truncation, row)] = 0
+            tokens[row] = _invert(groups, float(u[row]))
     return tokens
 
 
@@ -51,23 +56,58 @@ def masses(
     logits: Floats, peaks: Floats, temperatures: Floats, wanted: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64]:
     """The sum of the weights [rows] of each wanted row, whose peak is finite; 0 of the others."""
-    scores = np.empty(logits.shape[1], dtype=np.float32)
     found = np.zeros(len(logits))
-    for row in np.flatnonzero(wanted).tolist():
-        _weigh(logits[row], peaks[row], temperatures[row], scores, scores)
-        found[row] = scores.sum()
+    vocabulary = logits.shape[1]
+    groups = _empty_groups(vocabulary, _ROWS_AT_ONCE)
+    weights = groups.reshape(_ROWS_AT_ONCE, -1)[:, :vocabulary]
+    numbers = np.flatnonzero(wanted)
+    for first in range(0, len(numbers), _ROWS_AT_ONCE):
+        rows = numbers[first : first + _ROWS_AT_ONCE]
+        _weigh_rows(logits, peaks, temperatures, rows, weights[: len(rows)])
+        sums = _sums(groups[: len(rows)].reshape(-1, _GROUP))
+        found[rows] = sums.reshape(len(rows), -1).sum(axis=1, dtype=np.float64)
     return found
+
+
+def _empty_groups(vocabulary: int, rows: int) -> Floats:
+    """Room for the weights of rows, [rows, groups, _GROUP], with zeros past the end of each."""
+    return np.zeros((rows, -(-vocabulary // _GROUP), _GROUP), dtype=np.float32)
+
+
+def _sums(groups: Floats) -> Floats:
+    """Sums of a row's groups of weights, [groups]."""
+    sums: Floats = np.einsum("ij->i", groups)  # half the time of sum(axis=1)
+    return sums
 
 
 def _weigh(
     logits: Floats, peak: np.float32, temperature: np.float32, scores: Floats, weights: Floats
 ) -> None:
-    """Fill scores and weights [vocabulary] of a row."""
-    # with the greatest score at 0 no temperature can overflow: the others go towards minus infinity
+    """Fill scores and weights [vocabulary] of a row.
+
+    With the greatest score at 0 an overflow does no harm: the others go towards minus infinity.
+    """
     np.subtract(logits, peak, out=scores)
-    with np.errstate(over="ignore"):
+    if temperature != 1:
         np.divide(scores, temperature, out=scores)
     np.exp(scores, out=weights)
+
+
+def _weigh_rows(
+    logits: Floats,
+    peaks: Floats,
+    temperatures: Floats,
+    rows: npt.NDArray[np.int64],
+    weights: Floats,
+) -> None:
+    """Fill the weights [n, vocabulary] of the rows with these numbers [n], to the bit as `_weigh` does."""
+    for row, scores in zip(rows.tolist(), weights, strict=True):
+        np.subtract(logits[row], peaks[row], out=scores)
+    divisors = temperatures[rows]
+    if (divisors != 1).any():
+        with np.errstate(over="ignore"):
+            np.divide(weights, divisors[:, None], out=weights)
+    np.exp(weights, out=weights)
 
 
 def _last_survivor(scores: Floats, weights: Floats, truncation: Truncation, row: int) -> float:
@@ -106,15 +146,14 @@ def _edge(scores: Floats, before: float, wanted: float) -> float:
     return float(descending[max(0, int(is_below.sum()) - 1)])
 
 
-def _invert(weights: Floats, u: float) -> int:
+def _invert(groups: Floats, u: float) -> int:
     """Inverse of the cumulative distribution at `u`, in the order of token ids; see `sampler.invert`."""
-    starts = np.arange(0, len(weights), _GROUP)
-    ends = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
-    target = min(u * ends[-1], np.nextafter(ends[-1], 0))
+    ends = _sums(groups).cumsum(dtype=np.float64)
+    total = float(ends[-1])
+    target = min(u * total, math.nextafter(total, 0))
     group = int(ends.searchsorted(target, side="right"))
-    before = ends[group - 1] if group else 0.0
-    first = group * _GROUP
-    inside = weights[first : first + _GROUP].cumsum(dtype=np.float64)
+    before = float(ends[group - 1]) if group else 0.0
+    inside = groups[group].cumsum(dtype=np.float64)
     # the group's sum was taken in another order: a rounding error must not lead past its last weight
-    rest = min(max(0.0, target - before), np.nextafter(inside[-1], 0))
-    return first + int(inside.searchsorted(rest, side="right"))
+    rest = min(max(0.0, target - before), math.nextafter(float(inside[-1]), 0))
+    return group * _GROUP + int(inside.searchsorted(rest, side="right"))

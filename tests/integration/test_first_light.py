@@ -21,7 +21,9 @@ def client(stack: Stack) -> openai.OpenAI:
 
 
 def generate_text(stack: Stack, messages: list[dict[str, str]], **stopping: Any) -> str:
-    chat = pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])
+    chat = pb.Chat(
+        messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages]
+    )
     request = pb.GenerateRequest(prompt=pb.Prompt(chat=chat), stopping=pb.Stopping(**stopping))
     return "".join(message.delta.text for message in stack.stub.Generate(request))
 

@@ -410,6 +410,14 @@ def test_an_exception_fails_its_row_alone() -> None:
     assert results[2] == one(logits[2], sequences[2])
 
 
+def test_logits_are_the_same_after_the_draw() -> None:
+    sequences = sequences_of(PARAMETERS["everything"], 3)
+    logits = logits_of(len(sequences))
+    before = logits.clone()
+    token_ids(sample(logits, sequences))
+    assert logits.equal(before)
+
+
 def test_logprobs_are_those_before_any_change() -> None:
     logits = logits_of(3)
     untouched = logits.clone()
