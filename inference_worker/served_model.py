@@ -32,6 +32,7 @@ class ModelInfo:
     kv_cache: str  # one line: how many blocks, and what memory they take
     kv_cache_bytes: int = 0  # of the whole cache; 0: not known
     kv_bytes_per_token: int = 0  # 0: not known
+    step_bytes: int = 0  # kept free for the largest step; 0: not measured
 
 
 class Served(Protocol):

@@ -124,7 +124,8 @@ class WorkerSettings(BaseSettings):
         0.8,
         gt=0,
         le=0.98,
-        description="Share of the memory that is free once the model is loaded, for the KV cache.",
+        description="Share of the memory that is free once the model is loaded, for the KV cache; on a GPU, of what is "
+        "free beside the largest step, which is run to find out.",
         json_schema_extra=unit("fraction"),
     )
     prefix_cache: bool = Field(

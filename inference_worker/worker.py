@@ -170,6 +170,7 @@ class Worker:
             eos_token_ids=sorted(info.eos_token_ids),
             kv_cache_bytes=info.kv_cache_bytes,
             kv_bytes_per_token=info.kv_bytes_per_token,
+            step_bytes=info.step_bytes,
             has_chat_template=self._served.tokenizer.has_chat_template,
             default_sampling=sampling_message(info.default_sampling, info),
         )

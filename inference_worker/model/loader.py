@@ -18,20 +18,19 @@ from inference_worker.model import kernels, self_check
 from inference_worker.model.architecture import check_config, max_context_length, probe_layers
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_checkpoint import awq_format, finish, native_awq
+from inference_worker.model.cache_room import CacheRoom, CacheSettings
 from inference_worker.model.decode_graphs import DecodeGraphs, new_capture
 from inference_worker.model.errors import LoadError, ModelNotFound, UnsupportedModel
 from inference_worker.model.fast_forward import fast_forwards
 from inference_worker.model.forward import Forward, TransformersForward
-from inference_worker.model.kv_cache import KVCache, LayerShape, bytes_per_token, count_blocks
-from inference_worker.model.memory import free_bytes
+from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.largest_step import Meter, new_meter
 from inference_worker.model.runner import ModelRunner
 from inference_worker.served_model import ModelInfo, ServedModel
 from inference_worker.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _MIB = 2**20
-# The host keeps some hundred bytes for each block: what a small model and a large GPU would have room for is too many.
-_MOST_BLOCKS = 2**18
 # Parameters below which a second thread costs more than it gives: the embedded model, of 2.7 million, was seen to make
 # 2 to 5 times as many tokens a second with one thread as with two on two cores that other processes use too.
 _SMALL_MODEL = 20_000_000
@@ -39,7 +38,7 @@ _SMALL_MODEL = 20_000_000
 _DEFAULT_CONTEXT_LENGTH = 8192
 
 
-class LoadSettings(Protocol):
+class LoadSettings(CacheSettings, Protocol):
     """What to load and how; a part of the worker's settings."""
 
     @property
@@ -53,19 +52,7 @@ class LoadSettings(Protocol):
     @property
     def threads(self) -> int | None: ...
     @property
-    def native(self) -> bool: ...  # whether steps may run in C
-    @property
     def context_length(self) -> int | None: ...  # tokens
-    @property
-    def max_running(self) -> int: ...  # sequences
-    @property
-    def block_size(self) -> int: ...  # tokens
-    @property
-    def deterministic(self) -> bool: ...  # no token's logits may depend on others by a bit
-    @property
-    def kv_cache_mib(self) -> int | None: ...  # None: by fraction
-    @property
-    def kv_cache_fraction(self) -> float: ...  # of the memory free once the model is loaded
     @property
     def log_level(self) -> str: ...  # debug lets transformers write its log and progress bars
 
@@ -110,19 +97,35 @@ def load_model(settings: LoadSettings) -> ServedModel:
             f"{context_length * runner.cache.bytes_per_token / _MIB:.1f} MiB",
             kv_cache_bytes=runner.cache.num_bytes,
             kv_bytes_per_token=runner.cache.bytes_per_token,
+            step_bytes=runner.step_bytes,
         ),
         tokenizer=tokenizer,
         runner=runner,
     )
 
 
-def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSettings) -> ModelRunner:
+def make_runner(
+    model: PreTrainedModel,
+    context_length: int,
+    settings: LoadSettings,
+    meter: Meter | None = None,
+) -> ModelRunner:
     """Make a loaded model's runner and check it against the model's own forward pass.
+
+    `meter` finds out what to keep free for steps, and is by default what the device has.
 
     Raises: UnsupportedModel, LoadError (no memory for the KV cache).
     """
     layers = probe_layers(model)
-    cache = _make_cache(model, layers, context_length, settings)
+    room = CacheRoom(
+        model,
+        layers,
+        context_length,
+        settings,
+        uses_kernels=not settings.deterministic and _can_use_kernels(model.device, model.dtype),
+        meter=meter or new_meter(model.device),
+    )
+    cache = _make_cache(room, model.device)
     samples = self_check.make_samples(
         vocabulary_size=_vocabulary_size(model),
         windows=[layer.window for layer in layers.values() if layer.window is not None],
@@ -149,6 +152,7 @@ def make_runner(model: PreTrainedModel, context_length: int, settings: LoadSetti
         raise UnsupportedModel(
             f"{model.config.model_type}: paged attention does not work with it ({line})"
         ) from error
+    runner.step_bytes = room.step_bytes
     return runner
 
 
@@ -338,39 +342,12 @@ def _load_tokenizer(model: str) -> Tokenizer:
         raise LoadError(f"no usable tokenizer ({_first_line(error)})") from error
 
 
-def _make_cache(
-    model: PreTrainedModel,
-    layers: dict[int, LayerShape],
-    context_length: int,
-    settings: LoadSettings,
-) -> KVCache:
-    if settings.kv_cache_mib is not None:
-        num_bytes = settings.kv_cache_mib * _MIB
-    else:
-        num_bytes = int(free_bytes(model.device) * settings.kv_cache_fraction)
-    # A CPU's memory is everyone's: there, take no more than all slots at full length could use. On a GPU what is left
-    # is worth keeping prefixes in.
-    is_shared = model.device.type == "cpu" and settings.kv_cache_mib is None
-    num_blocks = count_blocks(
-        num_bytes=num_bytes,
-        block_size=settings.block_size,
-        token_bytes=bytes_per_token(layers, model.dtype),
-        most_tokens=settings.max_running * context_length
-        if is_shared
-        else _MOST_BLOCKS * settings.block_size,
-    )
+def _make_cache(room: CacheRoom, device: torch.device) -> KVCache:
     try:
-        return KVCache(
-            layers,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-            dtype=model.dtype,
-            device=model.device,
-            uses_kernels=not settings.deterministic and _can_use_kernels(model.device, model.dtype),
-        )
+        return room.make_cache()
     except (RuntimeError, MemoryError) as error:
         raise LoadError(
-            f"no memory for a KV cache of {num_bytes // _MIB} MiB on {_describe(model.device)}"
+            f"no memory for a KV cache of {room.num_bytes // _MIB} MiB on {_describe(device)}"
         ) from error
 
 

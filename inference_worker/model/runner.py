@@ -49,6 +49,7 @@ class ModelRunner:
         # with a step in flight it would be too late.
         self.runs_ahead = cache.uses_kernels if runs_ahead is None else runs_ahead
         self._latest = _Latest()
+        self.step_bytes = 0  # memory that was kept free for the largest step, if that was measured
 
     @property
     def cache(self) -> KVCache:
@@ -60,7 +61,12 @@ class ModelRunner:
     @property
     def description(self) -> str:
         """One line about what was made at the start, for the log."""
-        return str(self.cache) if self._graphs is None else f"{self.cache}; {self._graphs}"
+        parts = [str(self.cache)]
+        if self.step_bytes:
+            parts.append(f"{self.step_bytes / 2**20:.1f} MiB kept free for a step")
+        if self._graphs is not None:
+            parts.append(str(self._graphs))
+        return "; ".join(parts)
 
     def execute(self, rows: Rows[Row]) -> list[RowOutput]:
         """Run one step and wait for it. Raises: as `launch` does."""

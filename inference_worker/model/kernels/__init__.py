@@ -14,6 +14,7 @@ covers (`tests/gpu` does):
 
 - the compiled code itself, and the tile sizes, warps and stages, which no measurement has chosen yet
 - `decode_graphs.CudaCapture`: recording and replaying a graph; all else about graphs is tested with a plain call
+- `largest_step.CudaMeter`: what torch says of its allocations; what is measured with it is tested with another meter
 - `varlen`: torch's `varlen_attn` in prefill
 - `transfer`: copies from and to pinned memory, and the event that tells when one is over
 - `runner._on`: the current device of the engine's thread

@@ -1223,6 +1223,7 @@ class GetModelResponse(google.protobuf.message.Message):
     LOADED_AT_FIELD_NUMBER: builtins.int
     KV_CACHE_BYTES_FIELD_NUMBER: builtins.int
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: builtins.int
+    STEP_BYTES_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Its own name."""
     context_length: builtins.int
@@ -1244,6 +1245,10 @@ class GetModelResponse(google.protobuf.message.Message):
     kv_bytes_per_token: builtins.int
     """Memory that one token takes in the KV cache; a sequence at full length takes context_length times as much. 0 where
     nothing is known of it.
+    """
+    step_bytes: builtins.int
+    """Memory kept free for the largest step, measured when the model was loaded. 0 where it was not measured: on a CPU,
+    and with a KV cache of a given size.
     """
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -1278,9 +1283,10 @@ class GetModelResponse(google.protobuf.message.Message):
         loaded_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         kv_cache_bytes: builtins.int = ...,
         kv_bytes_per_token: builtins.int = ...,
+        step_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_sampling", b"default_sampling", "loaded_at", b"loaded_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "context_length", b"context_length", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "loaded_at", b"loaded_at", "model", b"model", "parameter_count", b"parameter_count", "vocabulary_size", b"vocabulary_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "context_length", b"context_length", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "loaded_at", b"loaded_at", "model", b"model", "parameter_count", b"parameter_count", "step_bytes", b"step_bytes", "vocabulary_size", b"vocabulary_size"]) -> None: ...
 
 Global___GetModelResponse: typing_extensions.TypeAlias = GetModelResponse
 

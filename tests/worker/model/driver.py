@@ -33,6 +33,7 @@ class Settings:
     native: bool = False
     context_length: int | None = None
     max_running: int = 8
+    max_batch_tokens: int = 64
     block_size: int = 4
     deterministic: bool = False
     kv_cache_mib: int | None = None

@@ -170,7 +170,9 @@ def test_a_cache_smaller_than_the_check_wants(monkeypatch: pytest.MonkeyPatch) -
     """Sequences are then as short as the cache; it still serves."""
     model = build("llama")
     expected = generate(model, prompt_of(5), 6)
-    monkeypatch.setattr("inference_worker.model.loader.free_bytes", lambda _device: 2 * 12 * 512)
+    monkeypatch.setattr(
+        "inference_worker.model.cache_room.free_bytes", lambda _device: 2 * 12 * 512
+    )
     runner = make_runner(model, CONTEXT, Settings(block_size=4, kv_cache_fraction=1.0))
     assert runner.num_blocks * runner.block_size <= 24
     sequence = new_sequence(prompt_of(5))
@@ -179,7 +181,7 @@ def test_a_cache_smaller_than_the_check_wants(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_memory_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_worker.model.loader.free_bytes", lambda _device: 100)
+    monkeypatch.setattr("inference_worker.model.cache_room.free_bytes", lambda _device: 100)
     with pytest.raises(LoadError, match="no memory for the KV cache"):
         new_runner(build("llama"))
 
