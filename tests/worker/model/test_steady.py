@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,9 +15,19 @@ from inference_worker.engine.request import OutputParams, SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model.batch import Span
 from inference_worker.model.errors import UnsupportedModel
+from inference_worker.model.loader import load_model
 from inference_worker.model.runner import ModelRunner
-from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
-from tests.worker.model.tiny_models import FAMILIES, build
+from tests.worker.model.awq_checkpoints import Quantization, save_quantized
+from tests.worker.model.driver import (
+    Driver,
+    Settings,
+    generate,
+    new_runner,
+    new_sequence,
+    prompt_of,
+)
+from tests.worker.model.test_loader import save_tokenizer
+from tests.worker.model.tiny_models import FAMILIES, build, build_from, config
 
 LENGTH = 150  # more keys than are looked at together
 EXPERTS = ("moe", "gpt-oss", "deepseek")
@@ -89,6 +101,21 @@ def test_logits_are_bitwise_the_same_however_they_are_computed(
     for longest in (1, 50):  # decode alone, chunks of any size
         for got, expected in zip(cutter.among(sequences, longest), alone, strict=True):
             assert torch.equal(got, expected)
+
+
+def test_awq_weights_are_among_what_it_holds_for(tmp_path: Path) -> None:
+    """A 4-bit product is chosen by its number of rows, which is the same in every pass."""
+    model = build_from(config("Llama", vocab_size=260, hidden_size=128, intermediate_size=128))
+    save_quantized(model, tmp_path, Quantization())
+    save_tokenizer(tmp_path)
+    served = load_model(Settings(model=str(tmp_path), deterministic=True))
+    assert served.info.dtype == "bfloat16"
+    runner = cast(ModelRunner, served.runner)
+    cutter = Cutter(runner)
+    sequences = [prompt_of(length, seed=length) for length in (LENGTH, 7)]
+    alone = [cutter.whole(tokens) for tokens in sequences]
+    for got, expected in zip(cutter.among(sequences, 50), alone, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_they_are_not_without_the_setting() -> None:
