@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from inference_worker.engine.sequence import Sequence
@@ -27,23 +29,33 @@ def restrict(
     grammar = rows[concerned[0]].request.grammar
     assert grammar is not None  # noqa: S101 - its state is there
     masks = grammar.masks(states)
-    forbidden = _forbidden(masks.bits, len(concerned), logits.shape[1], logits.device)
-    # adding keeps NaN and makes plus infinity NaN, so that broken logits are found behind the mask, too
-    restricted = logits.clone()
+    packed = np.frombuffer(masks.bits, dtype=np.uint8).reshape(len(concerned), -1)
     where = upload(np.array(concerned), logits.device)
-    restricted[where] += logits.new_zeros(forbidden.shape).masked_fill_(forbidden, -math.inf)
+    # adding keeps NaN and makes plus infinity NaN, so that broken logits are found behind the mask, too
+    restricted = logits.index_add(0, where, _penalties(packed, logits))
     return restricted, {concerned[i]: error for i, error in masks.failures.items()}
 
 
-def _forbidden(bits: bytes, rows: int, vocabulary: int, device: torch.device) -> torch.Tensor:
-    """Whether each token is forbidden, [rows, vocabulary]."""
-    packed = np.frombuffer(bits, dtype=np.uint8).reshape(rows, -1)
-    packed = ~packed[:, : -(-vocabulary // 8)]
-    if device.type == "cpu":  # several times as fast as torch's shifts
-        flags = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
-        return torch.from_numpy(flags.view(np.bool_))
+def _penalties(packed: npt.NDArray[np.uint8], logits: torch.Tensor) -> torch.Tensor:
+    """Minus infinity where the mask's bit is not set, else 0: [rows, vocabulary] like the logits."""
+    vocabulary = logits.shape[1]
+    packed = packed[:, : -(-vocabulary // 8)]
+    if logits.device.type == "cpu":  # in one pass, several times as fast as by way of booleans
+        table = _PENALTIES.take(packed, axis=0).reshape(len(packed), -1)
+        return torch.from_numpy(table[:, :vocabulary]).to(logits.dtype)
     # the packed form travels: an eighth of the bytes
-    shifted = upload(packed, device)[:, :, None] >> torch.arange(
-        8, dtype=torch.uint8, device=device
-    )
-    return (shifted & 1).bool().flatten(1)[:, :vocabulary]
+    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    shifted = upload(~packed, logits.device)[:, :, None] >> bits
+    forbidden = (shifted & 1).bool().flatten(1)[:, :vocabulary]
+    return logits.new_zeros(forbidden.shape).masked_fill_(forbidden, -math.inf)
+
+
+def _penalties_of_bytes() -> npt.NDArray[np.float32]:
+    """Of each byte of a mask [256, 8]."""
+    is_allowed = np.unpackbits(
+        np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
+    ).astype(np.bool_)
+    return np.where(is_allowed, 0, -np.inf).astype(np.float32)
+
+
+_PENALTIES: Final = _penalties_of_bytes()
