@@ -72,10 +72,10 @@ def quantize(model: str, out: Path, text: str, options: QuantizeOptions) -> None
     family = awq.families[config.model_type]
     _check_layers(config, family, options)
     blocks = _calibration_blocks(model, text, options)
-    loaded = _load(model)
-    # or else every trial of the search would attend to the tokens of those before it
-    use_cache, loaded.config.use_cache = loaded.config.use_cache, False
     with _building(out) as partial, _one_line_failures():
+        loaded = _load(model)
+        # or else every trial of the search would attend to the tokens of those before it
+        use_cache, loaded.config.use_cache = loaded.config.use_cache, False
         writer = family(loaded, config.model_type, False, loaded.config, None, None)
         writer.quantize(
             quant_config={
@@ -103,7 +103,7 @@ def _import_autoawq() -> SimpleNamespace:
             from awq.quantize.quantizer import AwqQuantizer
     except Exception as error:  # with a transformers that it does not know it may fail in any way
         raise CannotQuantize(
-            f"autoawq cannot be imported ({_first_line(error)}): pip install 'sluice[quantize]'"
+            f"autoawq cannot be imported ({_first_line(error)}): pip install '.[quantize]', in Sluice's directory"
         ) from error
     return SimpleNamespace(families=AWQ_CAUSAL_LM_MODEL_MAP, quantizer=AwqQuantizer)
 
@@ -168,8 +168,11 @@ def _check_layers(config: PretrainedConfig, family: Any, options: QuantizeOption
 
 def _calibration_blocks(model: str, text: str, options: QuantizeOptions) -> list[list[int]]:
     """Token ids of the text in blocks of one length; what is left over is left out."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # a damaged one raises whatever its parser does
+        raise LoadError(f"no usable tokenizer ({_first_line(error)})") from error
     if len(token_ids) < _LEAST_TOKENS:
         raise CannotQuantize(
             f"the calibration text has {len(token_ids)} tokens; at least {_LEAST_TOKENS} are wanted"
@@ -194,7 +197,12 @@ def _load(model: str) -> PreTrainedModel:
 def _building(out: Path) -> Iterator[Path]:
     """A directory beside `out` that takes its name once all is in it, and is gone if that fails."""
     partial = out.with_name(f"{out.name}.partial")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise CannotQuantize(
+            f"{partial} exists: what another run is writing, or what one that was killed has left"
+        ) from error
     try:
         yield partial
         for path in partial.iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,22 @@ def test_without_autoawq_it_says_what_to_install(
     assert main([str(CHECKPOINT), str(tmp_path / "out")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "autoawq cannot be imported" in line
-    assert "pip install 'sluice[quantize]'" in line
+    assert "pip install '.[quantize]'" in line  # there may be a stranger's package of our name
+
+
+@needs_autoawq
+def test_what_a_killed_run_has_left(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    line = refusal(CHECKPOINT, tmp_path / "out", "--group-size=64")
+    assert f"{tmp_path}/out.partial exists" in line
+
+
+@needs_autoawq
+def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, model)
+    (model / "tokenizer.json").write_text("{")
+    assert "no usable tokenizer" in refusal(model, tmp_path / "out", "--group-size=64")
 
 
 @needs_autoawq
