@@ -312,8 +312,8 @@ class _MarkedCalls:
         yield from call.events()
         if call.is_malformed:
             self._call = None
-            yield call.raw + rest
-            return ""
+            self._is_after_call = False
+            yield call.raw
         return rest
 
     def _read_end(self, text: str) -> str:
@@ -338,6 +338,7 @@ class _MistralCalls:
     def __init__(self) -> None:
         self._held = ""
         self._is_calling = False
+        self._lead = ""  # what stands behind text and may yet turn out to be more of it
         self._call: _OpenCall | None = None
         self._arguments: RawValue | None = None
 
@@ -358,7 +359,7 @@ class _MistralCalls:
         if self._call is not None:
             yield self._call.raw
         elif self._is_calling:
-            yield TOOL_CALLS + held if held.strip(_SPACES) else ""
+            yield self._lead + held if held.strip(_SPACES) else ""
         else:
             yield held
 
@@ -370,33 +371,42 @@ class _MistralCalls:
             yield text[:kept]
             return ""
         self._is_calling = True
+        self._lead = mark
         yield before
         return rest
 
     def _read_calling(self, text: str) -> _Rest:
         """Behind the mark: a list, a name, or what stands between two calls."""
         stripped = text.lstrip(_SPACES + ",")
+        self._skip(text[: len(text) - len(stripped)])
         if not stripped or TOOL_CALLS.startswith(stripped):
             self._held = stripped
             return ""
         if stripped.startswith(TOOL_CALLS):
+            self._skip(TOOL_CALLS)
             return stripped.removeprefix(TOOL_CALLS)
         if stripped[0] in "[]":
+            self._skip(stripped[0])
             return stripped[1:]
         if stripped[0] == "{":
-            self._call = _OpenCall(TOOL_CALLS)
+            self._call, self._lead = _OpenCall(self._lead), ""
             return stripped
         name, mark, rest = stripped.partition(ARGS)
+        if len(name) - (0 if mark else held_length(name, ARGS)) > _MAX_NAME_CHARS:
+            self._is_calling = False
+            yield self._lead
+            return stripped
         if mark:
-            self._arguments = RawValue()
+            self._arguments, self._lead = RawValue(), ""
             yield _CallEvent("", name.strip(_SPACES))
             return rest
-        if len(stripped) > _MAX_NAME_CHARS:
-            self._is_calling = False
-            yield TOOL_CALLS + stripped
-            return ""
         self._held = stripped
         return ""
+
+    def _skip(self, text: str) -> None:
+        """Behind a call, what separates it from the next is nobody's text."""
+        if self._lead:
+            self._lead += text
 
     def _read_listed(self, call: _OpenCall, text: str) -> _Rest:
         rest = call.push(text)
@@ -404,9 +414,8 @@ class _MistralCalls:
         if call.is_malformed:
             self._call = None
             self._is_calling = False
-            yield call.raw + rest
-            return ""
-        if call.is_done:
+            yield call.raw
+        elif call.is_done:
             self._call = None
         return rest
 

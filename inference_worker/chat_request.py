@@ -100,7 +100,8 @@ def render(chat: pb.Chat, path: str) -> RenderedChat:
             for index, message in enumerate(chat.messages)
         ],
         tools=tools,
-        arguments=_rendered_arguments(chat.template_arguments) or None,
+        arguments=_rendered_arguments(chat.template_arguments, f"{path}.template_arguments")
+        or None,
     )
 
 
@@ -195,9 +196,12 @@ def _rendered_calls(calls: Sequence[pb.ToolCall], path: str) -> list[dict[str, A
     return rendered
 
 
-def _rendered_arguments(arguments: struct_pb2.Struct) -> dict[str, Any]:
+def _rendered_arguments(arguments: struct_pb2.Struct, path: str) -> dict[str, Any]:
     """A Struct knows no whole numbers; templates compare with them."""
-    given: dict[str, Any] = json_format.MessageToDict(arguments)
+    try:
+        given: dict[str, Any] = json_format.MessageToDict(arguments)
+    except ValueError as error:  # NaN or infinite
+        raise InvalidField(path, "numbers must be finite") from error
     return {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
         for name, value in given.items()

@@ -172,8 +172,13 @@ def _read_constraint(
         return read_constraint(message.constraint, limits.max_grammar_bytes)
     if message.HasField("constraint"):
         raise InvalidField("constraint", "not together with a call that is required")
-    grammar = calls_grammar(limits.chat_format, tools.specs, is_parallel=tools.is_parallel)
     path = "prompt.chat.tools"
+    try:
+        grammar = calls_grammar(limits.chat_format, tools.specs, is_parallel=tools.is_parallel)
+    except (
+        RecursionError
+    ) as error:  # writing the schemas goes a little deeper than reading them did
+        raise InvalidField(path, "are nested too deeply") from error
     check_count(path, len(grammar), limits.max_grammar_bytes, "bytes, where a call is required")
     return GrammarSource("lark", grammar, path)
 

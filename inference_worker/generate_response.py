@@ -10,6 +10,7 @@ from typing import Final
 
 from google.protobuf import duration_pb2
 
+from inference_worker.chat_format import THINK_END
 from inference_worker.chat_output import CallPiece, ChatOutput, Piece, Reasoning, Text
 from inference_worker.continuation import DeliveredRequest
 from inference_worker.engine import event
@@ -72,7 +73,10 @@ class StreamWriter:
             self._uncounted[delta.choice_index] += len(delta.tokens)
 
     def _begin_chat(self, request: Request) -> None:
-        is_reasoning = self._tokenizer.opens_reasoning(request.prompt)
+        constraint = self._reading.constraint
+        # what a constraint leaves no end of reasoning in is the answer, however the prompt ends
+        may_reason = constraint is None or THINK_END in constraint.text
+        is_reasoning = may_reason and self._tokenizer.opens_reasoning(request.prompt)
         chat_format, names = self._tokenizer.chat_format, self._reading.tools.names
         self._chats = [
             ChatOutput(

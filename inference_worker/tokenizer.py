@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from inference_worker.chat_format import MARKS, THINK_START, ChatFormat
 from inference_worker.engine.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Special tokens that are part of the output's text, where calls and reasoning are told apart from the rest.
 _SHOWN_MARKS = frozenset(mark.encode() for mark in MARKS)
@@ -148,6 +149,8 @@ class Tokenizer:
             Exception
         ) as error:  # Jinja runs the checkpoint's own code: any exception is its refusal
             raise TemplateError(f"the chat template refuses the messages: {error}") from error
+        if _SURROGATE.search(text):  # JSON inside a chat can spell one
+            raise TemplateError("half of a surrogate pair is no character")
         # the template writes every special token itself
         return self._encode(text, add_special_tokens=False)
 

@@ -156,9 +156,8 @@ def in_llguidance(source: GrammarSource) -> str:
             return LLMatcher.grammar_from_regex(source.text)
         case "choice":
             # one terminal: a choice of rules would keep every text as an alternative of the parser
-            texts = " | ".join(
-                json.dumps(text, ensure_ascii=False) for text in json.loads(source.text)
-            )
+            # escaped to ASCII: a control character as it is ends a terminal
+            texts = " | ".join(map(json.dumps, json.loads(source.text)))
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
         case "lark":
             return LLMatcher.grammar_from_lark(source.text)

@@ -28,7 +28,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         self._decoder = _Decoder(tokenizer, at_start=live.request.output.echo)
-        self._num_tokens = 0
+        self.num_tokens = 0  # of the completion, those that end it included
         self.index = index
         self.output = ChoiceOutput(index, self._decoder, live.stop_strings)
         self.reason: FinishReason | None = None  # set once it has ended
@@ -55,7 +55,7 @@ class Choice:
             self._decoder.held = text
 
     def _push_token(self, token: Token, text: str | None) -> None:
-        self._num_tokens += 1
+        self.num_tokens += 1
         self._live.num_completion_tokens += 1
         stopping = self._live.request.stopping
         if token.token_id in stopping.stop_token_ids and text is None:
@@ -65,7 +65,7 @@ class Choice:
         self.output.push(token)
         if self.output.stop_sequence is not None:
             self.reason = FinishReason.STOP_SEQUENCE
-        elif self._num_tokens >= stopping.max_tokens:
+        elif self.num_tokens >= stopping.max_tokens:
             self.reason = FinishReason.LENGTH
 
     def _check(self, token: Token) -> None:

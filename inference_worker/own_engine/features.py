@@ -33,6 +33,9 @@ _FLOAT32: Final = 1e-6  # how exactly a value survives the wire
 
 def refuse_unhonoured(message: pb.GenerateRequest, card: EngineCard) -> None:
     """Check a request that is otherwise fine. Raises: UnsupportedField."""
+    if message.prompt.chat.tool_choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED:
+        # kept by a constraint, which only our own engine draws under
+        raise UnsupportedField("prompt.chat.tool_choice")
     for path, value in _set_fields(message):
         name = path.rpartition(".")[2]
         if path in _WORKERS or name in card.honours:

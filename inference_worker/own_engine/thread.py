@@ -240,7 +240,13 @@ class OwnEngineThread:
             stop = choice.output.stop_sequence
             if stop is not None:  # it may have come with the flushed rest
                 reason = FinishReason.STOP_SEQUENCE
-            footer = Finished(index, reason, stop, None if stop else choice.stop_token_id)
+            footer = Finished(
+                index,
+                reason,
+                stop,
+                None if stop else choice.stop_token_id,
+                completion_tokens=choice.num_tokens,
+            )
         live = running.live
         live.num_choices_left -= 1
         if live.num_choices_left == 0:

@@ -90,6 +90,12 @@ CASES: list[tuple[ChatFormat, str, Summary]] = [
         ("", '<tool_call>{"name": "f", "arguments": "x"}', []),
     ),
     (HERMES, '<tool_call>{"name": "f", "arguments": {} x}', ("", "x}", [("f", "{}")])),
+    # a call behind one that is none
+    (
+        HERMES,
+        "<tool_call>no</tool_call>\n" + hermes("f", "{}"),
+        ("", "<tool_call>no</tool_call>", [("f", "{}")]),
+    ),
     (LLAMA3, '{"name": "f", "parameters": {"a": 1}}', ("", "", [("f", '{"a": 1}')])),
     (
         LLAMA3,
@@ -112,6 +118,18 @@ CASES: list[tuple[ChatFormat, str, Summary]] = [
     ),
     (MISTRAL, "a [TOOL and [no]", ("", "a [TOOL and [no]", [])),
     (MISTRAL, "[TOOL_CALLS]what", ("", "[TOOL_CALLS]what", [])),
+    (MISTRAL, "[TOOL_CALLS] [{what}]", ("", "[TOOL_CALLS] [{what}]", [])),
+    (MISTRAL, "[TOOL_CALLS]f[ARGS]{} Bye", ("", "Bye", [("f", "{}")])),
+    (
+        MISTRAL,
+        '[TOOL_CALLS][{what}][TOOL_CALLS][{"name": "f", "arguments": {}}]',
+        ("", "[TOOL_CALLS][{what}]", [("f", "{}")]),
+    ),
+    (
+        MISTRAL,
+        "[TOOL_CALLS]" + "n" * 300 + "[ARGS]{}[TOOL_CALLS]f[ARGS]{}",
+        ("", "[TOOL_CALLS]" + "n" * 300 + "[ARGS]{}", [("f", "{}")]),
+    ),
     (THINKING, "<think>\nHm. So </thin.\n</think>\n\nYes.", ("Hm. So </thin.", "Yes.", [])),
     (THINKING, "\n<think>Hm</think>" + hermes("f", "{}"), ("Hm", "", [("f", "{}")])),
     (THINKING, "Yes <think>no</think>", ("", "Yes <think>no</think>", [])),

@@ -30,6 +30,13 @@ from tests.worker.served_worker import (
 )
 
 MODULE = "tests.worker.own_engines"
+REQUIRED_CALL = pb.Prompt(
+    chat=pb.Chat(
+        messages=[pb.ChatMessage(role="user", content="say yes")],
+        tools=[pb.Tool(name="f")],
+        tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED),
+    )
+)
 
 
 class OwnWorker:
@@ -69,6 +76,7 @@ async def test_text_comes_through_and_is_counted() -> None:
         assert reasons(messages) == ["STOP"]
         whole = await own.stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="Grüße 👋🏽")))
         usage = messages[-1].finished.usage
+        assert usage.completion_tokens == messages[-1].finished.completion_tokens
         assert usage.prompt_tokens == messages[0].started.prompt_tokens > 0
         assert usage.completion_tokens >= len(whole.token_ids)
         assert messages[-1].finished.timings.HasField("time_to_first_token")
@@ -144,6 +152,7 @@ async def test_logprobs_come_through_and_their_absence_fails() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
+        ({"prompt": REQUIRED_CALL}, "prompt.chat.tool_choice"),
         ({"sampling": pb.Sampling(top_p=0.5)}, "sampling.top_p"),
         ({"sampling": pb.Sampling(top_k=1)}, "sampling.top_k"),
         ({"sampling": pb.Sampling(repetition_penalty=1.5)}, "sampling.repetition_penalty"),
@@ -157,7 +166,7 @@ async def test_what_the_engine_does_not_declare_is_refused_by_name(
     fields: dict[str, Any], named: str
 ) -> None:
     async with own_worker() as own:
-        refusal = await refusal_of(own.stub.Generate(generate_request(text="say x", **fields)))
+        refusal = await refusal_of(own.stub.Generate(generate_request(**fields)))
         assert (refusal.code, refusal.field) == (grpc.StatusCode.UNIMPLEMENTED, named)
         assert own.engine.requests == []
 
@@ -174,7 +183,7 @@ async def test_each_declared_feature_is_refused_once_it_is_not_declared(
     }
     async with own_worker() as own:
         for named, fields in asked.items():
-            refusal = await refusal_of(own.stub.Generate(generate_request(text="say x", **fields)))
+            refusal = await refusal_of(own.stub.Generate(generate_request(**fields)))
             assert (refusal.code, refusal.field) == (grpc.StatusCode.UNIMPLEMENTED, named)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,6 +14,7 @@ import pytest
 from google.protobuf import struct_pb2
 
 from inference_worker.model.loader import load_model
+from inference_worker.scripted_model import ScriptedSettings
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.served_worker import generate_request, refusal_of, serve, serve_script
@@ -72,6 +76,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ),
     ("prompt.chat.messages[0].tool_calls[0].arguments", chat(calling("{"))),
     ("prompt.chat.messages[0].tool_calls[0].arguments", chat(calling("7"))),
+    # half a surrogate pair, which JSON can spell
+    ("prompt.chat", chat(calling('{"city": "\\ud800"}'))),
+    ("prompt.chat.template_arguments", chat(template_arguments={"level": math.nan})),
     ("prompt.chat", chat(template_arguments={"tokenize": True})),
     ("prompt.chat.template_arguments", chat(template_arguments={"a-b": True})),
 ]
@@ -82,6 +89,20 @@ async def test_bad_tools_are_refused_by_name() -> None:
         for field, fields in BAD:
             refusal = await refusal_of(worker.stub.Generate(generate_request(**fields)))
             assert (refusal.code, refusal.field) == (INVALID, field), fields
+
+
+async def test_a_schema_of_any_depth_is_taken_or_refused_by_name() -> None:
+    """To be written into a grammar it is nested a little deeper than it came."""
+    async with serve_script() as worker:
+        for depth in range(925, 1000):
+            schema = '{"a":' * depth + "1" + "}" * depth
+            tools = [pb.Tool(name="f", parameters=schema)]
+            call = worker.stub.Generate(
+                generate_request(**chat(tools=tools, tool_choice=CHOICE(mode=REQUIRED)))
+            )
+            refusal = await refusal_of(call)
+            assert refusal.code == INVALID
+            assert str(refusal.field).startswith("prompt.chat"), depth
 
 
 async def read(worker: Any, **fields: Any) -> tuple[str, list[tuple[str, str]], int]:
@@ -177,3 +198,18 @@ async def test_what_cannot_go_with_a_required_call_is_refused() -> None:
         for field, fields in cases:
             refusal = await refusal_of(worker.stub.Generate(generate_request(**fields)))
             assert (refusal.code, refusal.field) == (INVALID, field), fields
+
+
+async def test_under_a_constraint_nothing_is_reasoning(tmp_path: Path) -> None:
+    """Also where the chat template has begun to reason: the grammar leaves no end of it."""
+    shutil.copytree(ScriptedSettings().model, tmp_path, dirs_exist_ok=True)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text() + "<think>\n")
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    async with serve_script(text=call, repeats=1, model=str(tmp_path)) as worker:
+        assert (await read(worker, **chat(tools=[WEATHER])))[:2] == ("", [])
+        required = await read(worker, **chat(tools=[WEATHER], tool_choice=CHOICE(mode=REQUIRED)))
+        assert required[1] == [("get_weather", '{"city": "Paris"}')]
+        assert required[2] == pb.FINISH_REASON_TOOL_CALLS
+        constraint = pb.Constraint(choice=pb.ChoiceList(texts=[call]))
+        assert (await read(worker, constraint=constraint, **chat()))[0] == call

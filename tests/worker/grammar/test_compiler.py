@@ -174,3 +174,10 @@ async def test_a_tokenizer_without_fixed_bytes_has_no_grammars(tmp_path: Path) -
         await compiler.compile(DIGITS)
     assert refusal.value.field == "constraint"
     compiler.close()
+
+
+async def test_a_choice_may_hold_any_character(compiler: GrammarCompiler) -> None:
+    texts = [f"x{character}y" for character in '\x01\t\n\x7f\x85\u2028\ufeff/\\"é👋']
+    assert isinstance(
+        await compiler.compile(GrammarSource("choice", json.dumps(texts))), CompiledGrammar
+    )
