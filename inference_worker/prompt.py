@@ -122,11 +122,13 @@ class PromptReader:
         match prompt.WhichOneof("input"):
             case "text":
                 ids = self._tokenizer.encode(prompt.text)
+                self._check_made(ids, f"{path}.text")
             case "token_ids":
                 ids = list(prompt.token_ids.ids)
                 self._check_ids(ids, f"{path}.token_ids.ids")
             case _:
                 ids = self._read_chat(prompt.chat, f"{path}.chat")
+                self._check_made(ids, f"{path}.chat")
         if not ids:
             raise InvalidField(path, "has no tokens")
         return ids
@@ -139,6 +141,14 @@ class PromptReader:
             )
         except TemplateError as error:
             raise InvalidField(path, str(error)) from error
+
+    def _check_made(self, ids: Sequence[int], path: str) -> None:
+        """A tokenizer whose ids have gaps may know higher ones than the model, however few they are."""
+        size = self._vocabulary_size
+        if ids and (highest := max(ids)) >= size:
+            raise InvalidField(
+                path, f"holds token {highest}, outside the model's vocabulary of {size} tokens"
+            )
 
     def _check_ids(self, ids: Sequence[int], path: str) -> None:
         size = self._vocabulary_size
