@@ -53,7 +53,7 @@ class Plan:
     """How much to run."""
 
     shapes: tuple[tuple[int, int], ...] = ((256, 1536), (2048, 2048), (4096, 4096))  # in, out
-    rows: tuple[int, ...] = (1, 4, 16, 32, 48, 64, 96, 128, 256)
+    rows: tuple[int, ...] = (1, 4, 16, 32, 64, 128, 192, 256)
     rounds: int = 3  # of one shape and number of rows
     models: tuple[str, ...] = tuple(MODELS)
     new_tokens: int = 48

@@ -11,6 +11,7 @@ import uvloop
 from transformers import LlamaConfig
 
 from benchmarks.answer_check import AnswerCheck, WrongAnswer
+from benchmarks.awq import CONTENDERS
 from benchmarks.engine import make_prompts
 from benchmarks.generators import GenerationFailed, Output, Sluice
 from benchmarks.gpu import SHAPES
@@ -90,6 +91,15 @@ def test_sampling_measures_every_kind(tmp_path: Path) -> None:
     found = quick("benchmarks.sampling", tmp_path / "RESULTS.md", *flags)
     assert [row[:3] for row in found] == [["sharp", "float32", kind] for kind in KINDS]
     assert all(float(row[3]) > 0 for row in found)
+
+
+def test_awq_is_measured_by_layers_and_by_whole_models(tmp_path: Path) -> None:
+    found = quick("benchmarks.awq", tmp_path / "RESULTS.md")
+    layers, models = found[:2], found[2:]
+    assert [row[:2] for row in layers] == [["256 x 128", rows] for rows in "13"]
+    assert all(float(cell) > 0 for row in layers for cell in row[2:])
+    assert [row[:2] for row in models] == [["10M", name] for name in CONTENDERS]
+    assert all(float(row[3]) > 0 for row in models)
 
 
 def test_conversations_show_what_the_prefix_cache_saves(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from inference_worker.model.awq_layout import AwqWeights
 from inference_worker.model.errors import LoadError
 
 # Rows above which unpacking the weights and an ordinary product take less time than the 4-bit product, which costs the
-# same for each four rows. Reckoned from the times of both products and of unpacking, taken apart, with one thread on a
-# busy machine, they cross at 70 to 100 rows, for weights of 512 x 192 to 4096 x 4096; the whole was not timed yet.
-MAX_INT4_ROWS: Final = 64
+# same for each four rows. Measured with one thread, for weights of 256 x 1536 to 4096 x 4096: at 128 rows they take 1.3
+# to 1.5 times its time, at 256 rows 0.9 to 1.0 times (`python -m benchmarks.awq`).
+MAX_INT4_ROWS: Final = 192
 # Outputs are padded to whole blocks of the layout, so that weights can be joined and cut block by block.
 _BLOCK: Final = 64
 # Weights that are unpacked at a time: few enough to stay in a processor's cache.
