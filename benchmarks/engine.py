@@ -1,4 +1,4 @@
-"""How fast the engine makes tokens, beside transformers' continuous batching and `generate`, with the same weights.
+"""How fast the engine makes tokens, beside transformers' continuous batching, `generate` and llama.cpp, same weights.
 
 `python -m benchmarks.engine` runs each engine in this process, without a server, on a Llama of random weights that it
 builds (`--models 10M`; random_llama.py has its shape) and on the embedded model, in each form of the weights and at
@@ -12,6 +12,8 @@ ends the benchmark.
 
 `awq` rounds the weights to 4 bits (rounded_awq.py); Sluice runs the packed checkpoint, and, like the others, the same
 values in bfloat16.
+
+llama.cpp takes part where the packages `llama-cpp-python` and `gguf` are; the weights are written as GGUF for it.
 
 The time of a measurement runs from the first prompt handed over to the last token. CPU time is the whole process's. An
 engine or form of weights that cannot run here is left out, and the output says why.
@@ -33,7 +35,15 @@ from typing import Final
 import torch
 
 from benchmarks.answer_check import AnswerCheck
-from benchmarks.generators import ContinuousBatching, Generator, Output, Sluice, StaticGenerate
+from benchmarks.generators import (
+    ContinuousBatching,
+    Generator,
+    NotHere,
+    Output,
+    Sluice,
+    StaticGenerate,
+)
+from benchmarks.llama_cpp_generator import LlamaCpp
 from benchmarks.random_llama import TEN_MILLION, write_random_llama
 from benchmarks.report import Report
 from benchmarks.rounded_awq import write_awq
@@ -51,17 +61,13 @@ _LEAST_TOKEN, _TOKENS_END = (
 )  # prompts are made of these; both models have them, and no special ones among them
 
 
-class NotHere(Exception):
-    """Something that this machine cannot run, and why."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """What to run."""
 
     models: tuple[str, ...] = MODELS
     weights: tuple[str, ...] = WEIGHTS
-    engines: tuple[str, ...] = ("sluice", "continuous", "generate")
+    engines: tuple[str, ...] = ("sluice", "continuous", "generate", "llama.cpp")
     concurrency: tuple[int, ...] = (1, 8, 32)
     threads: int = 1
     prompt_tokens: int = 64
@@ -99,6 +105,7 @@ ENGINES: Final[dict[str, Maker]] = {
     "sluice": Sluice,
     "continuous": lambda folder, weights, _threads: ContinuousBatching(folder, weights),
     "generate": lambda folder, weights, _threads: StaticGenerate(folder, weights),
+    "llama.cpp": LlamaCpp,
 }
 
 

@@ -28,6 +28,10 @@ _CONTINUOUS_PAGES: Final = (
 )
 
 
+class NotHere(Exception):
+    """Something that this machine cannot run, and why."""
+
+
 class GenerationFailed(Exception):
     """Tokens are missing."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 
 from benchmarks.answer_check import AnswerCheck, WrongAnswer
 from benchmarks.awq import CONTENDERS
-from benchmarks.engine import make_prompts
+from benchmarks.engine import Plan, contest, make_prompts
 from benchmarks.generators import GenerationFailed, Output, Sluice
 from benchmarks.gpu import SHAPES
 from benchmarks.gpu_vllm import write_config
@@ -26,6 +27,7 @@ from inference_worker.default_model import CHECKPOINT
 from inference_worker.model.awq_checkpoint import awq_format
 
 ROOT = Path(__file__).parent.parent
+HAS_LLAMA_CPP = all(find_spec(name) for name in ("llama_cpp", "gguf"))
 
 
 def rows(output: str) -> list[list[str]]:
@@ -73,10 +75,34 @@ def test_engine_measures_every_engine(tmp_path: Path) -> None:
     flags = ("--models=10M", "--weights=bfloat16")
     found = quick("benchmarks.engine", tmp_path / "RESULTS.md", *flags)
     names = ["Sluice", "transformers, continuous batching", "transformers, generate"]
+    if HAS_LLAMA_CPP:
+        names.append("llama.cpp")
     assert [row[:2] for row in found] == [[n, name] for n in "13" for name in names]
     for row in found:
         assert all(float(cell) > 0 for cell in row[2:6])
         assert [cell != "" for cell in row[6:]] == [row[1] != "Sluice"] * 2
+
+
+@pytest.mark.parametrize("package", ["llama_cpp.llama_cpp", "gguf"])
+def test_engine_says_why_llama_cpp_is_left_out(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    plan = Plan(engines=("llama.cpp",))
+    with contest(plan, CHECKPOINT, "float32") as (generators, _check, missing):
+        assert generators == []
+    assert len(missing) == 1
+    assert missing[0].startswith("llama.cpp is left out: ")
+
+
+@pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python or gguf is not installed")
+def test_llama_cpp_computes_the_model_that_it_is_given() -> None:
+    plan = Plan(engines=("llama.cpp",))
+    prompts = make_prompts(3, 40, seed=1)
+    with contest(plan, CHECKPOINT, "float32") as ([generator], check, _missing):
+        for _ in range(2):  # the second time with the cache that the first has left
+            tokens = generator.generate(prompts, 8).tokens
+            check.check(generator.name, prompts, tokens)
 
 
 def test_engine_measures_awq_beside_the_same_values_dense(tmp_path: Path) -> None:
