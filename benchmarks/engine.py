@@ -71,7 +71,7 @@ class Plan:
     concurrency: tuple[int, ...] = (1, 8, 32)
     threads: int = 1
     prompt_tokens: int = 64
-    new_tokens: int = 128
+    new_tokens: int = 64
     repetitions: int = 3
 
 
