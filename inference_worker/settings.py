@@ -67,8 +67,9 @@ class WorkerSettings(BaseSettings):
     )
     native: bool = Field(
         True,
-        description="Run the steps of a model on one CPU thread in C, compiled at the first start if there is a C "
-        "compiler, instead of in torch. For float32 and bfloat16 models of the kinds Llama, Mistral, Qwen2 and Qwen3.",
+        description="Run the steps of a model in C instead of in torch, on one CPU thread, or on several if it has "
+        "below 100 million parameters. Compiled at the first start, if there is a C compiler. For float32 and bfloat16 "
+        "models of the kinds Llama, Mistral, Qwen2 and Qwen3.",
         json_schema_extra=unit("bool"),
     )
     context_length: int | None = Field(

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from inference_worker.model.awq import AwqLinear
 from inference_worker.model.decoder import fuse
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.native.compiler import CannotCompile
 from inference_worker.model.native.decoder import NativeDecoder
-from inference_worker.model.native.library import CannotCompile
 from inference_worker.model.native.matrix import Unfit
 
 _log = logging.getLogger(__name__)
+# Below this many, C on several threads is faster than torch.
+_FEW_PARAMETERS = 100_000_000
 
 
 def fast_forwards(
@@ -38,11 +41,17 @@ def fast_forwards(
         else:
             yield decoder
         return
-    if native and cache.device.type == "cpu" and torch.get_num_threads() == 1:
+    num_threads = torch.get_num_threads()
+    if native and cache.device.type == "cpu" and (num_threads == 1 or _is_small(model)):
         try:
-            yield NativeDecoder(fused, cache, context_length)
+            yield NativeDecoder(fused, cache, context_length, num_threads)
         except Unfit as reason:
             _log.debug("no forward pass in C: %s", reason)
         except CannotCompile as error:
             _log.warning("steps run in torch, not in C: %s", error)
     yield fused
+
+
+def _is_small(model: PreTrainedModel) -> bool:
+    packed = sum(m.num_weights for m in model.modules() if isinstance(m, AwqLinear))
+    return packed + sum(p.numel() for p in model.parameters()) < _FEW_PARAMETERS

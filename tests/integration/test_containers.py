@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -159,12 +161,17 @@ def test_a_cuda_image_can_compile_what_launches_its_kernels() -> None:
 
 @services
 def test_code_does_not_decide_which_dependencies_are_installed_again(service: str) -> None:
-    *before, code, final = stages(service)
+    *others, final = stages(service)
+    (place,) = (
+        i for i, stage in enumerate(others) if MODULES[service] in copied_from_context(stage)
+    )
+    before, code = others[:place], others[place]
     assert set().union(*map(copied_from_context, before)) == {"pyproject.toml", "constraints.txt"}
     assert copied_from_context(code) >= {"protos", MODULES[service]}
     assert not copied_from_context(code) & (set(MODULES.values()) - {MODULES[service]})
     copies = [rest for name, rest in final if name == "COPY"]
-    assert [copy.split()[0] for copy in copies] == ["--from=dependencies", "--from=code"]
+    source = {"worker": "native", "edge": "code"}[service]  # the worker's is compiled in part
+    assert [copy.split()[0] for copy in copies] == ["--from=dependencies", f"--from={source}"]
 
 
 @services
@@ -188,3 +195,24 @@ def test_no_registry_or_index_is_named(file: str) -> None:
         assert base == "${BASE_IMAGE}"
     for default in re.findall(r"^ARG BASE_IMAGE=(\S+)", text, re.MULTILINE):
         assert "/" not in default
+
+
+def test_image_brings_its_c_code_compiled() -> None:
+    """The final stage has no compiler, so the folder must come from the stage that has one."""
+    native = next(
+        stage for stage in stages("worker") if ("FROM", "${BASE_IMAGE} AS native") in stage
+    )
+    assert "gcc" in argument_of(native[: native.index(("COPY", "--from=code /app /app"))], "RUN")
+    module = "inference_worker.model.native.prebuilt"
+    assert json.loads(argument_of(native, "RUN")) == ["python", "-m", module]
+    copies = [rest for name, rest in stages("worker")[-1] if name == "COPY"]
+    assert [rest for rest in copies if rest.endswith(" /app")] == ["--from=native /app /app"]
+
+
+def test_libraries_are_compiled_where_there_is_no_torch() -> None:
+    """As in the stage that does so, whose Python has nothing installed."""
+    script = "import inference_worker.model.native.prebuilt, sys; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
+    assert not {"torch", "numpy", "transformers", "grpc", "pydantic"} & set(modules)

@@ -1,143 +1,23 @@
-/* One forward pass of a Llama-like decoder over packed tokens, on one thread, without any other library.
+/* One forward pass of a Llama-like decoder over packed tokens, without any library but threads.
  *
  * Matrices are row-major [outputs, inputs], as torch's linear layers keep them, or of 4-bit codes: see Matrix. Weights
- * and the KV cache are of type `number` (float, or bfloat16 with -DBFLOAT16); everything in between is float. A token's
- * results depend neither on the tokens that it shares the pass with nor on their order: each sum runs over the same
- * terms in the same order.
- *
- * Vectors are GCC's, 512 bits wide, which any processor has: the compiler makes several of them where it must.
+ * and the KV cache are of type `number` (numbers.h); everything in between is float. A token's results depend neither on the tokens that it shares
+ * the pass with, nor on their order, nor on the number of threads: each sum runs over the same terms in the same order.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(BFLOAT16) && defined(__AVX512BF16__)
-#include <immintrin.h>
-#define PRODUCT_BFLOAT16 1 /* the processor multiplies pairs of bfloat16 */
-#endif
+#include "numbers.h"
+#include "pool.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define LANES 16
-#define ROWS 6 /* of the input, in one tile: 6 x 4 sums and their operands fill the 32 registers of AVX-512 */
-#define MIDDLE 136.0f /* what a 4-bit code of 8 is read as */
+/* Rows of the input in one tile. 6 x 4 sums and their operands fill the 32 registers of AVX-512; a vector takes two
+ * registers of AVX2, which has 16, or four of NEON, which has 32. */
+#ifdef __AVX512F__
+#define ROWS 6
+#else
+#define ROWS 1
+#endif
 #define SLAB 48 /* rows of the input that stay in the processor's cache while a matrix streams by */
-
-typedef float vector __attribute__((vector_size(64)));
-typedef float unaligned __attribute__((vector_size(64), aligned(4)));
-typedef int32_t mask __attribute__((vector_size(64)));
-typedef int32_t unaligned_mask __attribute__((vector_size(64), aligned(4)));
-
-#ifdef BFLOAT16
-typedef uint16_t number;
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef uint16_t unaligned_halves __attribute__((vector_size(32), aligned(2)));
-
-INLINE vector load(const number *p) { /* a bfloat16 is the upper half of a float */
-    halves h = *(const unaligned_halves *)p;
-    return (vector)(__builtin_convertvector(h, mask) << 16);
-}
-INLINE float widen(number x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-INLINE number narrow(float f) { /* to the nearest, to even; a NaN stays one */
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    if (f != f) return (number)(bits >> 16 | 64);
-    return (number)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-#else
-typedef float number;
-INLINE vector load(const number *p) { return *(const unaligned *)p; }
-INLINE float widen(number x) { return x; }
-INLINE number narrow(float f) { return f; }
-#endif
-
-INLINE vector get(const float *p) { return *(const unaligned *)p; }
-INLINE void put(float *p, vector x) { *(unaligned *)p = x; }
-INLINE vector all(float x) { return (vector){0} + x; }
-INLINE vector pick(mask where, vector a, vector b) { return (vector)((where & (mask)a) | (~where & (mask)b)); }
-INLINE vector greater(vector a, vector b) { return pick(a > b, a, b); }
-
-INLINE float sum(vector x) { /* in halves */
-    x += __builtin_shuffle(x, (mask){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    x += __builtin_shuffle(x, (mask){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    x += __builtin_shuffle(x, (mask){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    return x[0] + x[1];
-}
-
-/* e to the x: Cephes' expf, two rounding steps from the exact value at most. */
-INLINE vector exponential(vector x) {
-    x = pick(x < all(-87.0f), all(-87.0f), pick(x > all(88.0f), all(88.0f), x));
-    vector shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded product */
-    vector n = shifted - 12582912.0f;
-    vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vector p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return (vector)((mask)p + ((mask)shifted << 23));
-}
-
-#ifdef PRODUCT_BFLOAT16
-typedef number operand;
-#define STEP 32 /* operands of one multiplication */
-INLINE vector multiply_add(vector to, const operand *x, const number *w) {
-    __m512bh a = (__m512bh)_mm512_loadu_si512(x), b = (__m512bh)_mm512_loadu_si512(w);
-    return (vector)_mm512_dpbf16_ps((__m512)to, a, b);
-}
-#define EXCESS MIDDLE /* how much more than (code - 8) times the input `multiply_add_pair` adds */
-INLINE vector multiply_add_pair(vector to, const operand *x, mask pair) {
-    int32_t inputs;
-    memcpy(&inputs, x, sizeof inputs);
-    return (vector)_mm512_dpbf16_ps((__m512)to, (__m512bh)_mm512_set1_epi32(inputs), (__m512bh)pair);
-}
-INLINE vector load_operands(const operand *x) { return load(x); }
-#else
-typedef float operand;
-#define STEP LANES
-INLINE vector multiply_add(vector to, const operand *x, const number *w) { return to + get(x) * load(w); }
-#define EXCESS 0.0f
-INLINE vector multiply_add_pair(vector to, const operand *x, mask pair) {
-    vector even = (vector)(pair << 16) - MIDDLE, odd = (vector)(pair & ~0xffff) - MIDDLE; /* exact */
-    return to + even * x[0] + odd * x[1];
-}
-INLINE vector load_operands(const operand *x) { return get(x); }
-#endif
-
-/* y[rows, columns] = x[rows, size] w[columns, size]^T + bias; added to what y holds if `adds`. */
-INLINE void tile(const operand *x, int64_t size, const number *w, const number *bias, float *y, int64_t stride,
-                 int adds, const int rows, const int columns) {
-    vector sums[ROWS][4];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++) sums[i][j] = (vector){0};
-    for (int64_t k = 0; k < size; k += STEP)
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < columns; j++)
-                sums[i][j] = multiply_add(sums[i][j], x + i * size + k, w + j * size + k);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++) {
-            float value = sum(sums[i][j]) + (bias ? widen(bias[j]) : 0.0f);
-            y[i * stride + j] = adds ? y[i * stride + j] + value : value;
-        }
-}
-
-INLINE void tiles(const operand *x, int64_t rows, int64_t size, const number *w, const number *bias, float *y,
-                  int64_t stride, int adds, const int columns) {
-    for (; rows >= ROWS; rows -= ROWS, x += ROWS * size, y += ROWS * stride)
-        tile(x, size, w, bias, y, stride, adds, ROWS, columns);
-    switch (rows) {
-    case 5: tile(x, size, w, bias, y, stride, adds, 5, columns); break;
-    case 4: tile(x, size, w, bias, y, stride, adds, 4, columns); break;
-    case 3: tile(x, size, w, bias, y, stride, adds, 3, columns); break;
-    case 2: tile(x, size, w, bias, y, stride, adds, 2, columns); break;
-    case 1: tile(x, size, w, bias, y, stride, adds, 1, columns); break;
-    }
-}
+#define AHEAD 2 /* tiles whose weights are on their way from memory; it may lead past a matrix, where nothing is read */
+#define GRAIN 32768 /* multiplications in a part of a task, at least: microseconds, so that taking it costs little */
+#define PARTS 4     /* of a task for each thread, at most */
 
 /* A matrix as `number`s or, where it has scales, as 4-bit codes: a weight is (code - 8) * scale + offset, and each group
  * of inputs of one output shares a scale and an offset. */
@@ -146,6 +26,100 @@ typedef struct {
     const number *bias, *scales, *offsets; /* [outputs] and [groups, outputs]; null if there are none */
     int64_t group_size;
 } Matrix;
+
+typedef struct {
+    const number *input_norm, *query_norm, *key_norm, *mlp_norm; /* a null query norm is none */
+    Matrix qkv, output, gate_up, down;
+    number *keys, *values; /* [slots, kv heads, head size] */
+    int64_t window;        /* visible tokens, the querying one included; 0 for all */
+} Layer;
+
+typedef struct {
+    int64_t num_layers, size, num_heads, num_kv_heads, head_size, mlp_size, vocabulary, block_size, num_blocks;
+    int64_t num_embeddings;
+    float epsilon, scaling;
+    const number *embedding, *norm;
+    Matrix head;
+    const Layer *layers;
+} Model;
+
+typedef struct {
+    int64_t num_tokens, num_wanted, num_positions;
+    const int64_t *token_ids, *positions, *slots; /* by token */
+    const int64_t *const *blocks;                 /* by token, the blocks of its sequence */
+    const int64_t *widths;                        /* by token, how many blocks are given */
+    const int64_t *wanted;                        /* tokens whose logits are made, in any order, also repeatedly */
+    const float *cosine, *sine;                   /* [num_positions, head size] */
+} Tokens;
+
+
+/* y[rows, columns] = x[rows, size] matrix[columns, size]^T + bias; added to what y holds if `adds`. */
+typedef struct {
+    const operand *x;
+    const float *totals; /* of 4-bit codes: see code_tile */
+    const Matrix *matrix;
+    float *y;
+    int64_t rows, size, columns, columns_of_part;
+    int adds;
+} Product;
+
+/* What the tasks of a pass work on. Rows are the pass's tokens; in the last layer, from its attention on, those whose
+ * logits are wanted. */
+typedef struct {
+    const Model *model;
+    const Tokens *tokens;
+    const Layer *layer;
+    const int64_t *token_of; /* by row; null: row i is token i */
+    int64_t rows, rows_of_part, heads_of_part, longest;
+    float *hidden, *chosen, *normed, *qkv, *attended, *gates, *acts, *scores;
+    float *operands; /* and, behind those of all rows, a float for each 32 */
+    Product product;
+} Pass;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* How many of `count` equal items make a part. */
+INLINE int64_t part_size(const Pool *pool, int64_t count, int64_t cost) {
+    if (!pool) return most(count, 1);
+    return most(divide_up(count, PARTS * num_workers(pool)), divide_up(GRAIN, cost));
+}
+
+INLINE void tile(const operand *x, int64_t size, const number *w, const number *bias, float *y, int64_t stride,
+                 int adds, const int rows, const int columns) {
+    vector sums[ROWS][4];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) sums[i][j] = (vector){0};
+    for (int64_t k = 0; k < size; k += STEP) {
+        for (int j = 0; j < columns; j++) __builtin_prefetch(w + j * size + k + AHEAD * columns * size);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++)
+                sums[i][j] = multiply_add(sums[i][j], x + i * size + k, w + j * size + k);
+    }
+    for (int i = 0; i < rows; i++) {
+        four totals = columns == 4 ? sums_of_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]) : (four){sum(sums[i][0])};
+        for (int j = 0; j < columns; j++) {
+            float value = totals[j] + (bias ? widen(bias[j]) : 0.0f);
+            y[i * stride + j] = adds ? y[i * stride + j] + value : value;
+        }
+    }
+}
+
+INLINE void tiles(const operand *x, int64_t rows, int64_t size, const number *w, const number *bias, float *y,
+                  int64_t stride, int adds, const int columns) {
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * size, y += ROWS * stride)
+        tile(x, size, w, bias, y, stride, adds, ROWS, columns);
+#if ROWS == 6
+    switch (rows) {
+    case 5: tile(x, size, w, bias, y, stride, adds, 5, columns); break;
+    case 4: tile(x, size, w, bias, y, stride, adds, 4, columns); break;
+    case 3: tile(x, size, w, bias, y, stride, adds, 3, columns); break;
+    case 2: tile(x, size, w, bias, y, stride, adds, 2, columns); break;
+    case 1: tile(x, size, w, bias, y, stride, adds, 1, columns); break;
+    }
+#endif
+}
 
 #define CODE_ROWS 4   /* of the input, in one tile of codes, */
 #define CODE_BLOCKS 4 /* and blocks of 16 outputs */
@@ -203,48 +177,51 @@ INLINE void code_tiles(const operand *x, const float *totals, int64_t rows, int6
     }
 }
 
-static void multiply_codes(const operand *x, int64_t rows, int64_t size, const Matrix *matrix, int64_t columns,
-                           float *y, int adds, float *totals) {
-    const int64_t group = matrix->group_size, groups = size / group;
-    for (int64_t i = 0; i < rows * groups; i++) {
+static void multiply_part(const void *argument, int64_t part, int64_t worker) {
+    const Product p = ((const Pass *)argument)->product;
+    const Matrix *m = p.matrix;
+    const int64_t begin = part * p.columns_of_part, end = least(begin + p.columns_of_part, p.columns);
+    (void)worker;
+    for (int64_t first = 0; first < p.rows; first += SLAB) {
+        int64_t count = least(p.rows - first, SLAB), j = begin;
+        const operand *x = p.x + first * p.size;
+        float *y = p.y + first * p.columns;
+        if (m->scales) {
+            const float *totals = p.totals + first * (p.size / m->group_size);
+            for (; j + CODE_BLOCKS * LANES <= end; j += CODE_BLOCKS * LANES)
+                code_tiles(x, totals, count, p.size, m, j, y, p.columns, p.adds, CODE_BLOCKS);
+            for (; j < end; j += LANES) code_tiles(x, totals, count, p.size, m, j, y, p.columns, p.adds, 1);
+            continue;
+        }
+        const number *w = m->weights, *bias = m->bias;
+        for (; j + 4 <= end; j += 4)
+            tiles(x, count, p.size, w + j * p.size, bias ? bias + j : 0, y + j, p.columns, p.adds, 4);
+        for (; j < end; j++) tiles(x, count, p.size, w + j * p.size, bias ? bias + j : 0, y + j, p.columns, p.adds, 1);
+    }
+}
+
+static void add_up_groups(const operand *x, int64_t count, int64_t group, float *totals) {
+    for (int64_t i = 0; i < count; i++) {
         vector total = all(0.0f);
         for (int64_t k = 0; k < group; k += LANES) total += load_operands(x + i * group + k);
         totals[i] = sum(total);
     }
-    for (int64_t first = 0; first < rows; first += SLAB) {
-        const operand *in = x + first * size;
-        int64_t count = rows - first < SLAB ? rows - first : SLAB, j = 0;
-        float *out = y + first * columns;
-        for (; j + CODE_BLOCKS * LANES <= columns; j += CODE_BLOCKS * LANES)
-            code_tiles(in, totals + first * groups, count, size, matrix, j, out, columns, adds, CODE_BLOCKS);
-        for (; j < columns; j += LANES)
-            code_tiles(in, totals + first * groups, count, size, matrix, j, out, columns, adds, 1);
-    }
 }
 
-/* `scratch` has room for the operands and, behind them, a float for each 32. */
-static void multiply(const float *x, int64_t rows, int64_t size, const Matrix *matrix, int64_t columns, float *y,
-                     int adds, float *scratch) {
+static void multiply(Pool *pool, Pass *pass, const float *x, int64_t size, const Matrix *matrix, int64_t columns,
+                     float *y, int adds) {
+    const int64_t rows = pass->rows, unit = matrix->scales ? CODE_BLOCKS * LANES : 4;
+    float *totals = pass->operands + rows * size;
 #ifdef PRODUCT_BFLOAT16
-    operand *in = (operand *)scratch;
+    operand *in = (operand *)pass->operands;
     for (int64_t i = 0; i < rows * size; i++) in[i] = narrow(x[i]);
 #else
     const operand *in = x;
 #endif
-    if (matrix->scales) {
-        multiply_codes(in, rows, size, matrix, columns, y, adds, scratch + rows * size);
-        return;
-    }
-    const number *w = matrix->weights, *bias = matrix->bias;
-    for (int64_t first = 0; first < rows; first += SLAB) {
-        int64_t count = rows - first < SLAB ? rows - first : SLAB, j = 0;
-        for (; j + 4 <= columns; j += 4)
-            tiles(in + first * size, count, size, w + j * size, bias ? bias + j : 0, y + first * columns + j, columns,
-                  adds, 4);
-        for (; j < columns; j++)
-            tiles(in + first * size, count, size, w + j * size, bias ? bias + j : 0, y + first * columns + j, columns,
-                  adds, 1);
-    }
+    if (matrix->scales) add_up_groups(in, rows * (size / matrix->group_size), matrix->group_size, totals);
+    int64_t each = unit * part_size(pool, divide_up(columns, unit), unit * most(rows, 1) * size);
+    pass->product = (Product){in, totals, matrix, y, rows, size, columns, each, adds};
+    share(pool, multiply_part, pass, divide_up(columns, each));
 }
 
 /* Root mean square normalisation of one vector; `size` is a multiple of LANES. */
@@ -264,29 +241,6 @@ INLINE void rotate(float *x, const float *cosine, const float *sine, int64_t siz
         x[i + half] = b * cosine[i + half] + a * sine[i + half];
     }
 }
-
-typedef struct {
-    const number *input_norm, *query_norm, *key_norm, *mlp_norm; /* a null query norm is none */
-    Matrix qkv, output, gate_up, down;
-    number *keys, *values; /* [slots, kv heads, head size] */
-    int64_t window;        /* visible tokens, the querying one included; 0 for all */
-} Layer;
-
-typedef struct {
-    int64_t num_layers, size, num_heads, num_kv_heads, head_size, mlp_size, vocabulary, block_size;
-    float epsilon, scaling;
-    const number *embedding, *norm;
-    Matrix head;
-    const Layer *layers;
-} Model;
-
-typedef struct {
-    int64_t num_tokens, num_wanted;
-    const int64_t *token_ids, *positions, *slots; /* by token */
-    const int64_t *const *blocks;                 /* by token, the blocks of its sequence */
-    const int64_t *wanted;                        /* tokens whose logits are made */
-    const float *cosine, *sine;                   /* [positions, head size] */
-} Tokens;
 
 /* Attention of one query head over keys `begin` .. `end` - 1: scores, softmax, weighted values. */
 INLINE void attend_head(const Model *model, const Layer *layer, const int64_t *blocks, int64_t begin, int64_t end,
@@ -328,81 +282,167 @@ INLINE void attend_head(const Model *model, const Layer *layer, const int64_t *b
     for (int k = 0; k < parts; k++) put(out + k * LANES, sums[k] * scale);
 }
 
-static void attend(const Model *model, const Layer *layer, const Tokens *tokens, int64_t token, const float *query,
-                   float *scores, float *out) {
-    int64_t group = model->num_heads / model->num_kv_heads, size = model->head_size;
-    int64_t end = tokens->positions[token] + 1;
-    int64_t begin = layer->window && end > layer->window ? end - layer->window : 0;
-    const int64_t *blocks = tokens->blocks[token];
-    for (int64_t h = 0; h < model->num_heads; h++) {
-        const float *q = query + h * size;
-        float *o = out + h * size;
-        switch (size) { /* a size that the compiler knows lets it keep the sums in registers */
-        case 32: attend_head(model, layer, blocks, begin, end, h / group, q, scores, o, 32); break;
-        case 64: attend_head(model, layer, blocks, begin, end, h / group, q, scores, o, 64); break;
-        case 128: attend_head(model, layer, blocks, begin, end, h / group, q, scores, o, 128); break;
-        default: attend_head(model, layer, blocks, begin, end, h / group, q, scores, o, size);
+INLINE void attend(const Pass *pass, int64_t row, int64_t h, int64_t worker) {
+    const Model *model = pass->model;
+    const int64_t size = model->head_size, group = model->num_heads / model->num_kv_heads;
+    const int64_t token = pass->token_of ? pass->token_of[row] : row;
+    const int64_t end = pass->tokens->positions[token] + 1, window = pass->layer->window;
+    const int64_t begin = window && end > window ? end - window : 0;
+    const int64_t *blocks = pass->tokens->blocks[token];
+    const float *q = pass->qkv + (token * (model->num_heads + 2 * model->num_kv_heads) + h) * size;
+    float *o = pass->attended + (row * model->num_heads + h) * size;
+    float *scores = pass->scores + worker * (pass->longest + 2 * LANES);
+    switch (size) { /* a size that the compiler knows lets it keep the sums in registers */
+    case 32: attend_head(model, pass->layer, blocks, begin, end, h / group, q, scores, o, 32); break;
+    case 64: attend_head(model, pass->layer, blocks, begin, end, h / group, q, scores, o, 64); break;
+    case 128: attend_head(model, pass->layer, blocks, begin, end, h / group, q, scores, o, 128); break;
+    default: attend_head(model, pass->layer, blocks, begin, end, h / group, q, scores, o, size);
+    }
+}
+
+static void attend_part(const void *argument, int64_t part, int64_t worker) {
+    const Pass *pass = argument;
+    const int64_t num_heads = pass->model->num_heads, begin = part * pass->heads_of_part;
+    const int64_t end = least(begin + pass->heads_of_part, pass->rows * num_heads);
+    for (int64_t i = begin; i < end; i++) attend(pass, i / num_heads, i % num_heads, worker);
+}
+
+/* Rotate a part of the tokens' queries and keys, and write keys and values to the cache. */
+static void place_part(const void *argument, int64_t part, int64_t worker) {
+    const Pass *pass = argument;
+    const Model *model = pass->model;
+    const Layer *layer = pass->layer;
+    const Tokens *tokens = pass->tokens;
+    const int64_t size = model->head_size, heads = model->num_heads * size, kv = model->num_kv_heads * size;
+    (void)worker;
+    for (int64_t t = part * pass->rows_of_part; t < least((part + 1) * pass->rows_of_part, pass->rows); t++) {
+        float *row = pass->qkv + t * (heads + 2 * kv);
+        for (int64_t h = 0; h < model->num_heads + model->num_kv_heads; h++) {
+            const number *norm = h < model->num_heads ? layer->query_norm : layer->key_norm;
+            if (norm) normalise(row + h * size, norm, model->epsilon, size, row + h * size);
+            rotate(row + h * size, tokens->cosine + tokens->positions[t] * size,
+                   tokens->sine + tokens->positions[t] * size, size);
+        }
+        for (int64_t i = 0; i < kv; i++) {
+            layer->keys[tokens->slots[t] * kv + i] = narrow(row[heads + i]);
+            layer->values[tokens->slots[t] * kv + i] = narrow(row[heads + kv + i]);
         }
     }
 }
 
-/* Floats of scratch memory that a pass takes, and nothing else does. */
-int64_t scratch_size(const Model *model, int64_t num_tokens, int64_t longest) {
-    int64_t qkv = (model->num_heads + 2 * model->num_kv_heads) * model->head_size;
-    int64_t widest = model->mlp_size > model->size ? model->mlp_size : model->size;
-    int64_t heads = model->num_heads * model->head_size;
-    widest = heads > widest ? heads : widest;
-    int64_t of_token = 2 * model->size + qkv + heads + 3 * model->mlp_size + widest + widest / 32;
-    return num_tokens * of_token + longest + 2 * LANES;
+/* SiLU of the gates, times the other halves, for a part of the rows. */
+static void activate_part(const void *argument, int64_t part, int64_t worker) {
+    const Pass *pass = argument;
+    const int64_t mlp = pass->model->mlp_size;
+    (void)worker;
+    for (int64_t t = part * pass->rows_of_part; t < least((part + 1) * pass->rows_of_part, pass->rows); t++)
+        for (int64_t i = 0; i < mlp; i += LANES) {
+            vector gate = get(pass->gates + 2 * t * mlp + i), up = get(pass->gates + (2 * t + 1) * mlp + i);
+            put(pass->acts + t * mlp + i, gate / (1.0f + exponential(-gate)) * up);
+        }
+}
+
+/* Share out a task over all rows, of so many operations each. */
+static void share_rows(Pool *pool, Pass *pass, Part task, int64_t cost) {
+    pass->rows_of_part = part_size(pool, pass->rows, cost);
+    share(pool, task, pass, divide_up(pass->rows, pass->rows_of_part));
+}
+
+static void normalise_rows(Pass *pass, const number *weight) {
+    const int64_t size = pass->model->size;
+    for (int64_t i = 0; i < pass->rows; i++)
+        normalise(pass->hidden + i * size, weight, pass->model->epsilon, size, pass->normed + i * size);
+}
+
+/* From here on the rows are the wanted tokens. */
+static void choose(Pass *pass) {
+    const int64_t size = pass->model->size;
+    pass->token_of = pass->tokens->wanted;
+    pass->rows = pass->tokens->num_wanted;
+    for (int64_t i = 0; i < pass->rows; i++)
+        memcpy(pass->chosen + i * size, pass->hidden + pass->token_of[i] * size, (size_t)size * sizeof(float));
+    pass->hidden = pass->chosen;
+}
+
+static void run_layer(Pool *pool, Pass *pass, const Layer *layer, int is_last) {
+    const Model *model = pass->model;
+    const int64_t size = model->size, mlp = model->mlp_size, heads = model->num_heads * model->head_size;
+    const int64_t qkv_size = heads + 2 * model->num_kv_heads * model->head_size;
+    pass->layer = layer;
+    normalise_rows(pass, layer->input_norm);
+    multiply(pool, pass, pass->normed, size, &layer->qkv, qkv_size, pass->qkv, 0);
+    share_rows(pool, pass, place_part, 4 * qkv_size);
+    if (is_last) choose(pass); /* the other tokens' keys and values are all that is needed of them */
+    pass->heads_of_part = part_size(pool, pass->rows * model->num_heads, 2 * model->head_size * pass->longest);
+    share(pool, attend_part, pass, divide_up(pass->rows * model->num_heads, pass->heads_of_part));
+    multiply(pool, pass, pass->attended, heads, &layer->output, size, pass->hidden, 1);
+    normalise_rows(pass, layer->mlp_norm);
+    multiply(pool, pass, pass->normed, size, &layer->gate_up, 2 * mlp, pass->gates, 0);
+    share_rows(pool, pass, activate_part, 8 * mlp);
+    multiply(pool, pass, pass->acts, mlp, &layer->down, size, pass->hidden, 1);
+}
+
+/* Lay out the buffers of a pass from `memory` on; how many floats they take. */
+static int64_t lay_out(Pass *pass, float *memory, int64_t num_tokens, int64_t num_wanted, int64_t num_workers) {
+    const Model *model = pass->model;
+    const int64_t heads = model->num_heads * model->head_size, kv = model->num_kv_heads * model->head_size;
+    const int64_t rows = most(num_tokens, num_wanted), widest = most(most(model->mlp_size, model->size), heads);
+    float **const buffers[] = {&pass->hidden,   &pass->chosen, &pass->normed, &pass->qkv,
+                               &pass->attended, &pass->gates,  &pass->acts};
+    const int64_t sizes[] = {model->size, model->size,          model->size,    heads + 2 * kv,
+                             heads,       2 * model->mlp_size, model->mlp_size};
+    int64_t total = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; total += rows * sizes[i], i++)
+        *buffers[i] = memory ? memory + total : 0;
+    pass->operands = memory ? memory + total : 0;
+    total += rows * (widest + widest / 32);
+    pass->scores = memory ? memory + total : 0;
+    return total + num_workers * (pass->longest + 2 * LANES);
+}
+
+/* Floats of scratch memory that a pass takes; `longest` is the last position, plus 1. */
+int64_t scratch_size(const Model *model, int64_t num_tokens, int64_t num_wanted, int64_t longest, int64_t num_threads) {
+    Pass pass = {.model = model, .longest = longest};
+    return lay_out(&pass, 0, num_tokens, num_wanted, num_threads);
+}
+
+/* What of the tokens lies outside of what there is, or null. */
+static const char *find_fault(const Model *model, const Tokens *tokens) {
+    for (int64_t t = 0; t < tokens->num_tokens; t++) {
+        const int64_t position = tokens->positions[t], slot = tokens->slots[t], *blocks = tokens->blocks[t];
+        if (tokens->token_ids[t] < 0 || tokens->token_ids[t] >= model->num_embeddings) return "a token id";
+        if (position < 0 || position >= tokens->num_positions) return "a position";
+        if (slot < 0 || slot >= model->num_blocks * model->block_size) return "a slot";
+        if (!blocks || position / model->block_size >= tokens->widths[t]) return "a position in a block table";
+        if (t && blocks == tokens->blocks[t - 1] && position == tokens->positions[t - 1] + 1 &&
+            position % model->block_size)
+            continue; /* the blocks of the token before */
+        for (int64_t i = 0; i <= position / model->block_size; i++)
+            if (blocks[i] < 0 || blocks[i] >= model->num_blocks) return "a block";
+    }
+    for (int64_t i = 0; i < tokens->num_wanted; i++)
+        if (tokens->wanted[i] < 0 || tokens->wanted[i] >= tokens->num_tokens) return "a wanted token";
+    return 0;
 }
 
 /* Logits [num_wanted, vocabulary] of the wanted tokens; keys and values of all tokens are written to their slots.
- * Sizes of vectors are multiples of 32, a head's of 16 and at most 256. */
-void forward(const Model *model, const Tokens *tokens, float *scratch, float *logits) {
-    const int64_t count = tokens->num_tokens, size = model->size, head = model->head_size, mlp = model->mlp_size;
-    const int64_t heads = model->num_heads * head, kv = model->num_kv_heads * head, qkv_size = heads + 2 * kv;
-    float *hidden = scratch, *normed = hidden + count * size, *qkv = normed + count * size;
-    float *attended = qkv + count * qkv_size, *gates = attended + count * heads, *acts = gates + count * 2 * mlp;
-    float *operands = acts + count * mlp;
-    int64_t widest = mlp > size ? mlp : size;
-    widest = heads > widest ? heads : widest;
-    float *scores = operands + count * (widest + widest / 32);
-
-    for (int64_t t = 0; t < count; t++)
+ * Sizes of vectors are multiples of 32, a head's of 16 and at most 256. `pool` is null for one thread, and runs one
+ * pass at a time. Returns what is out of range, with nothing done, or null. */
+const char *forward(const Model *model, const Tokens *tokens, float *scratch, float *logits, Pool *pool) {
+    const char *fault = find_fault(model, tokens);
+    if (fault) return fault;
+    const int64_t size = model->size;
+    Pass pass = {.model = model, .tokens = tokens, .rows = tokens->num_tokens};
+    for (int64_t t = 0; t < tokens->num_tokens; t++) pass.longest = most(pass.longest, tokens->positions[t] + 1);
+    lay_out(&pass, scratch, tokens->num_tokens, tokens->num_wanted, num_workers(pool));
+    set_active(pool, 1);
+    for (int64_t t = 0; t < tokens->num_tokens; t++)
         for (int64_t i = 0; i < size; i += LANES)
-            put(hidden + t * size + i, load(model->embedding + tokens->token_ids[t] * size + i));
-    for (int64_t l = 0; l < model->num_layers; l++) {
-        const Layer *layer = &model->layers[l];
-        for (int64_t t = 0; t < count; t++)
-            normalise(hidden + t * size, layer->input_norm, model->epsilon, size, normed + t * size);
-        multiply(normed, count, size, &layer->qkv, qkv_size, qkv, 0, operands);
-        for (int64_t t = 0; t < count; t++) {
-            float *row = qkv + t * qkv_size;
-            for (int64_t h = 0; h < model->num_heads + model->num_kv_heads; h++) {
-                const number *norm = h < model->num_heads ? layer->query_norm : layer->key_norm;
-                if (norm) normalise(row + h * head, norm, model->epsilon, head, row + h * head);
-                rotate(row + h * head, tokens->cosine + tokens->positions[t] * head,
-                       tokens->sine + tokens->positions[t] * head, head);
-            }
-            for (int64_t i = 0; i < kv; i++) {
-                layer->keys[tokens->slots[t] * kv + i] = narrow(row[heads + i]);
-                layer->values[tokens->slots[t] * kv + i] = narrow(row[heads + kv + i]);
-            }
-        }
-        for (int64_t t = 0; t < count; t++)
-            attend(model, layer, tokens, t, qkv + t * qkv_size, scores, attended + t * heads);
-        multiply(attended, count, heads, &layer->output, size, hidden, 1, operands);
-        for (int64_t t = 0; t < count; t++)
-            normalise(hidden + t * size, layer->mlp_norm, model->epsilon, size, normed + t * size);
-        multiply(normed, count, size, &layer->gate_up, 2 * mlp, gates, 0, operands);
-        for (int64_t t = 0; t < count; t++)
-            for (int64_t i = 0; i < mlp; i += LANES) { /* SiLU of the gate, times the other half */
-                vector gate = get(gates + 2 * t * mlp + i), up = get(gates + (2 * t + 1) * mlp + i);
-                put(acts + t * mlp + i, gate / (1.0f + exponential(-gate)) * up);
-            }
-        multiply(acts, count, mlp, &layer->down, size, hidden, 1, operands);
-    }
-    for (int64_t i = 0; i < tokens->num_wanted; i++)
-        normalise(hidden + tokens->wanted[i] * size, model->norm, model->epsilon, size, normed + i * size);
-    multiply(normed, tokens->num_wanted, size, &model->head, model->vocabulary, logits, 0, operands);
+            put(pass.hidden + t * size + i, load(model->embedding + tokens->token_ids[t] * size + i));
+    for (int64_t l = 0; l < model->num_layers; l++)
+        run_layer(pool, &pass, &model->layers[l], l == model->num_layers - 1);
+    normalise_rows(&pass, model->norm);
+    multiply(pool, &pass, pass.normed, size, &model->head, model->vocabulary, logits, 0);
+    set_active(pool, 0);
+    return 0;
 }

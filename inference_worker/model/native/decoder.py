@@ -7,10 +7,12 @@ is one, which holds no lock of Python's meanwhile.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
@@ -18,14 +20,17 @@ from transformers.activations import SiLUActivation
 from inference_worker.model.batch import Batch
 from inference_worker.model.decoder import FusedDecoder, Layer, Norm
 from inference_worker.model.kv_cache import KVCache
-from inference_worker.model.native.library import load_library
+from inference_worker.model.native.library import NativeLibrary, load_library
 from inference_worker.model.native.matrix import CMatrix, Matrix, Unfit, address
+
+_Words: TypeAlias = npt.NDArray[np.int64]
 
 _VECTOR: Final = 32  # what sizes of vectors are multiples of
 _HEAD_VECTOR: Final = 16
 _MAX_HEAD: Final = 256
-_FIRST_POSITIONS: Final = 2048  # whose rotation is computed at the start
+_POSITIONS: Final = 2048  # whose rotation is computed at a time
 _NORMS: Final = ["input_norm", "query_norm", "key_norm", "mlp_norm"]
+_OF_INPUTS: Final = ("input_norm", "mlp_norm")
 _MATRICES: Final = ["qkv", "output", "gate_up", "down"]
 _MODEL_SIZES: Final = [
     "num_layers",
@@ -36,6 +41,18 @@ _MODEL_SIZES: Final = [
     "mlp_size",
     "vocabulary",
     "block_size",
+    "num_blocks",
+    "num_embeddings",
+]
+_TOKEN_ARRAYS: Final = [
+    "token_ids",
+    "positions",
+    "slots",
+    "blocks",
+    "widths",
+    "wanted",
+    "cosine",
+    "sine",
 ]
 
 
@@ -63,10 +80,8 @@ class _Tokens(ctypes.Structure):
     _fields_ = [
         ("num_tokens", ctypes.c_int64),
         ("num_wanted", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ["token_ids", "positions", "slots", "blocks", "wanted", "cosine", "sine"]
-        ),
+        ("num_positions", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in _TOKEN_ARRAYS),
     ]
 
 
@@ -74,22 +89,18 @@ class NativeDecoder:
     """The forward pass of a fused decoder in C: a `Forward` whose logits are float32.
 
     It computes on the same weights, 4-bit ones in another order, and the same cache. A token's logits do not depend on
-    what else is in its batch.
+    what else is in its batch, nor on the number of threads. One thread at a time may call it.
     """
 
-    def __init__(self, decoder: FusedDecoder, cache: KVCache, num_positions: int) -> None:
+    def __init__(
+        self, decoder: FusedDecoder, cache: KVCache, num_positions: int, num_threads: int = 1
+    ) -> None:
         """`num_positions`: positions are below it.
 
         Raises: Unfit; CannotCompile.
         """
         _check(decoder, cache)
-        library = load_library(cache.dtype)
-        self._forward = library.forward
-        self._scratch_size = library.scratch_size
-        self._scratch_size.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-        self._scratch_size.restype = ctypes.c_int64
-        self._forward.argtypes = [ctypes.c_void_p] * 4
-        self._forward.restype = None
+        self._library = load_library(str(cache.dtype).removeprefix("torch."))
         # what C has addresses of lives here
         self._cache = cache
         self._tensors = [decoder.embedding.weight, *(norm.weight for norm in _norms(decoder))]
@@ -98,6 +109,8 @@ class NativeDecoder:
         sizes = {m.in_features for layer in self._matrices for m in layer.values()}
         if any(size % _VECTOR for size in sizes | {self._head.in_features}):
             raise Unfit(f"its sizes are not multiples of {_VECTOR}")
+        if len({tuple(matrix.shape for matrix in x.values()) for x in self._matrices}) != 1:
+            raise Unfit("its layers differ in size")
         self._layers = (_Layer * len(decoder.layers))(
             *map(partial(_layer, cache), decoder.layers, self._matrices)
         )
@@ -106,35 +119,50 @@ class NativeDecoder:
         # without the layers, whose 4-bit weights are not needed any more
         self._rest = FusedDecoder(decoder.embedding, decoder.rotary, [], decoder.head)
         self._num_positions = num_positions
-        self._cosine, self._sine = self._rotation(_FIRST_POSITIONS)
+        self._cosine, self._sine = self._rotation(_POSITIONS)
+        self._num_threads = num_threads
+        self._pool = _start_pool(self._library, num_threads)
+        if self._pool is not None:
+            weakref.finalize(self, self._library.stop_pool, self._pool).atexit = False
 
     def __call__(self, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
-        """See Forward."""
-        longest = int(batch.positions.max()) + 1
+        """See Forward. Raises: IndexError, with nothing computed, if a token is not of the model or the cache."""
+        longest = int(batch.positions.numpy().max()) + 1
         if longest > len(self._cosine):
-            self._cosine, self._sine = self._rotation(2 * longest)
-        num_floats = self._scratch_size(ctypes.byref(self._model), len(batch.positions), longest)
+            self._cosine, self._sine = self._rotation(-(-longest // _POSITIONS) * _POSITIONS)
+        num_floats = self._library.scratch_size(
+            ctypes.byref(self._model),
+            len(batch.positions),
+            len(wanted),
+            longest,
+            self._num_threads,
+        )
         if num_floats > len(self._scratch):
             self._scratch = torch.empty(num_floats)
-        blocks, tables = _blocks(batch)
+        blocks, widths, tables = _blocks(batch)
         inputs = [x.contiguous() for x in (batch.input_ids, batch.positions, batch.slots)]
         tokens = _Tokens(
             len(batch.positions),
             len(wanted),
+            len(self._cosine),
             *(x.data_ptr() for x in inputs),
             blocks.ctypes.data,
+            widths.ctypes.data,
             wanted.data_ptr(),
             self._cosine.data_ptr(),
             self._sine.data_ptr(),
         )
         logits = torch.empty(len(wanted), self._model.vocabulary)
-        self._forward(
+        fault: bytes | None = self._library.forward(
             ctypes.byref(self._model),
             ctypes.byref(tokens),
             self._scratch.data_ptr(),
             logits.data_ptr(),
+            self._pool,
         )
         del tables  # alive until here: `blocks` points into them
+        if fault is not None:
+            raise IndexError(f"{fault.decode()} is out of range")
         return logits
 
     def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,20 +170,32 @@ class NativeDecoder:
         return self._rest.rotation(min(count, self._num_positions))
 
 
-def _blocks(batch: Batch) -> tuple[np.ndarray[Any, np.dtype[np.uintp]], list[torch.Tensor]]:
-    """By token the address of its sequence's block ids, and the tensors that hold these."""
-    addresses = np.empty(len(batch.positions), dtype=np.uintp)
+def _start_pool(library: NativeLibrary, num_threads: int) -> int | None:
+    if num_threads == 1:
+        return None
+    pool: int | None = library.start_pool(num_threads)
+    if pool is None:
+        raise Unfit(f"there cannot be {num_threads} threads")
+    return pool
+
+
+def _blocks(batch: Batch) -> tuple[_Words, _Words, list[torch.Tensor]]:
+    """By token the address of its sequence's block ids and their number, and the tensors that hold the ids."""
+    addresses = np.zeros(len(batch.positions), dtype=np.int64)
+    widths = np.zeros(len(batch.positions), dtype=np.int64)
     tables: list[torch.Tensor] = []
     for rows in batch.decode:
         table = rows.block_table.long().contiguous()
         stride = table.shape[1] * table.itemsize
         addresses[rows.first : rows.last] = table.data_ptr() + stride * np.arange(len(table))
+        widths[rows.first : rows.last] = table.shape[1]
         tables.append(table)
     for chunk in batch.chunks:
         table = chunk.block_ids.long().contiguous()
         addresses[chunk.first : chunk.last] = table.data_ptr()
+        widths[chunk.first : chunk.last] = len(table)
         tables.append(table)
-    return addresses, tables
+    return addresses, widths, tables
 
 
 def _check(decoder: FusedDecoder, cache: KVCache) -> None:
@@ -176,6 +216,8 @@ def _check(decoder: FusedDecoder, cache: KVCache) -> None:
         raise Unfit("its norms differ")
     if first.head_dim % _HEAD_VECTOR or first.head_dim > _MAX_HEAD:
         raise Unfit(f"its heads have {first.head_dim} elements")
+    if decoder.rotation(1)[0].shape != (1, first.head_dim):
+        raise Unfit("its heads are rotated in part")
 
 
 def _norms(decoder: FusedDecoder) -> list[Norm]:
@@ -191,12 +233,27 @@ def _matrices(layer: Layer) -> dict[str, Matrix]:
 
 
 def _layer(cache: KVCache, layer: Layer, matrices: dict[str, Matrix]) -> _Layer:
+    num_heads, num_kv_heads, _ = layer.heads
+    head_dim, size = layer.head_dim, matrices["output"].out_features
+    mlp_size, dtype = matrices["down"].in_features, cache.dtype
+    shapes = {
+        "qkv": ((num_heads + 2 * num_kv_heads) * head_dim, size),
+        "output": (size, num_heads * head_dim),
+        "gate_up": (2 * mlp_size, size),
+        "down": (size, mlp_size),
+    }
+    kept = (cache.num_blocks, cache.block_size, num_kv_heads, head_dim)
     norms: dict[str, Norm | None] = {name: getattr(layer, name) for name in _NORMS}
     return _Layer(
-        **{name: None if norm is None else address(norm.weight) for name, norm in norms.items()},
-        **{name: matrix.addresses() for name, matrix in matrices.items()},
-        keys=address(cache.keys[layer.index]),
-        values=address(cache.values[layer.index]),
+        **{
+            name: None
+            if norm is None
+            else address(norm.weight, (size if name in _OF_INPUTS else head_dim,), dtype)
+            for name, norm in norms.items()
+        },
+        **{name: matrix.addresses(shapes[name], dtype) for name, matrix in matrices.items()},
+        keys=address(cache.keys[layer.index], kept, dtype),
+        values=address(cache.values[layer.index], kept, dtype),
         window=cache.layers[layer.index].window or 0,
     )
 
@@ -208,21 +265,24 @@ def _model(
     matrices: dict[str, Matrix],
     layers: ctypes.Array[_Layer],
 ) -> _Model:
-    first = decoder.layers[0]
+    first, dtype = decoder.layers[0], cache.dtype
     num_heads, num_kv_heads, _ = first.heads
+    num_embeddings, size = decoder.embedding.weight.shape
     return _Model(
         num_layers=len(layers),
-        size=head.in_features,
+        size=size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=first.head_dim,
         mlp_size=matrices["down"].in_features,
         vocabulary=head.out_features,
         block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        num_embeddings=num_embeddings,
         epsilon=decoder.head.norm.epsilon,
         scaling=first.scaling,
-        embedding=address(decoder.embedding.weight),
-        norm=address(decoder.head.norm.weight),
-        head=head.addresses(),
+        embedding=address(decoder.embedding.weight, (num_embeddings, size), dtype),
+        norm=address(decoder.head.norm.weight, (size,), dtype),
+        head=head.addresses((head.out_features, size), dtype),
         layers=layers,
     )

@@ -52,10 +52,20 @@ class Matrix:
         self._bias: torch.Tensor | None = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def addresses(self) -> CMatrix:
-        """What C gets; good for as long as this lives."""
-        tensors = (self._weights, self._bias, self._scales, self._offsets)
-        return CMatrix(*map(address, tensors), self._group_size)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def addresses(self, shape: tuple[int, int], dtype: torch.dtype) -> CMatrix:
+        """What C gets; good for as long as this lives. Raises: Unfit, if it is of another shape or dtype."""
+        rows, columns = shape
+        bias = address(self._bias, (rows,), dtype)
+        if self._scales is None or self._offsets is None:
+            return CMatrix(address(self._weights, shape, dtype), bias, None, None, 0)
+        words = address(self._weights, (rows // _BLOCK, columns // _WORD, _BLOCK), torch.int32)
+        groups = (columns // self._group_size, rows)
+        scales, offsets = (address(x, groups, dtype) for x in (self._scales, self._offsets))
+        return CMatrix(words, bias, scales, offsets, self._group_size)
 
 
 def arrange(codes: torch.Tensor) -> torch.Tensor:
@@ -67,6 +77,10 @@ def arrange(codes: torch.Tensor) -> torch.Tensor:
     return words.view(-1, _BLOCK, num_in // _WORD).transpose(1, 2).contiguous()
 
 
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Of its first element; None of None."""
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """Of its first element; None of None. Raises: Unfit, if it is not what C takes it for."""
+    if tensor is None:
+        return None
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise Unfit("its weights differ in kind")
+    return tensor.data_ptr()

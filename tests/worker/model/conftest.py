@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from inference_worker.model.native.compiler import CannotCompile
+from inference_worker.model.native.library import load_library
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
@@ -14,3 +17,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def native_library() -> None:
+    """Skips where the C code cannot be compiled."""
+    try:
+        load_library("float32")
+    except CannotCompile as error:
+        pytest.skip(str(error))

@@ -8,8 +8,8 @@ import itertools
 import logging
 import math
 import os
-import stat
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.batch import Span
-from inference_worker.model.decoder import FusedDecoder
-from inference_worker.model.native import library
+from inference_worker.model.decoder import FusedDecoder, fuse
 from inference_worker.model.native.decoder import NativeDecoder
 from inference_worker.model.native.matrix import Matrix, Unfit, arrange
 from inference_worker.model.runner import ModelRunner
@@ -34,12 +33,7 @@ QUANTIZABLE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 UNKNOWN_TO_C = "llama, another activation"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    try:
-        library.load_library(torch.float32)
-    except library.CannotCompile as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 def native_runner(model: PreTrainedModel, block_size: int = 4) -> ModelRunner:
@@ -198,7 +192,7 @@ def test_deterministic_takes_it_as_it_is() -> None:
 
 
 def test_positions_beyond_those_computed_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_worker.model.native.decoder._FIRST_POSITIONS", 8)
+    monkeypatch.setattr("inference_worker.model.native.decoder._POSITIONS", 8)
     model = build("llama")
     expected = generate(model, prompt_of(34), NUM_TOKENS)
     sequence = new_sequence(prompt_of(34))
@@ -211,7 +205,7 @@ def test_frequencies_stay_those_of_the_models_own_length(
     first_positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dynamic rotary embeddings change theirs as soon as they are asked for one position more."""
-    monkeypatch.setattr("inference_worker.model.native.decoder._FIRST_POSITIONS", first_positions)
+    monkeypatch.setattr("inference_worker.model.native.decoder._POSITIONS", first_positions)
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
     model = build_from(config("Llama", rope_parameters=rope))
     ids = prompt_of(CONTEXT - 1)
@@ -244,12 +238,112 @@ def test_models_that_it_does_not_know_run_in_torch() -> None:
         assert isinstance(new_runner(model, native=True)._forward, FusedDecoder)
 
 
-def test_more_threads_are_for_torch() -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, num_threads: int) -> None:
+    """More threads than cores, too, on sizes that give each of them something to do."""
+    model: PreTrainedModel = build_from(
+        config("Llama", hidden_size=256, intermediate_size=800, vocab_size=1003)
+    )
+    model.to(dtype)  # type: ignore[arg-type]
+    prompts = [prompt_of(length, vocabulary=1003) for length in (34, 1, 17)]
+    alone = logits_of(native_runner(model), prompts)
+    torch.set_num_threads(num_threads)
     try:
-        assert isinstance(new_runner(build("llama"), native=True)._forward, FusedDecoder)
+        runner = native_runner(model)
+        for chunk in (1, 5, 1000):
+            shared = logits_of(runner, prompts, chunk)
+            assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_end_with_their_decoder() -> None:
+    native_runner(build("llama"))  # torch has made its own threads after this
+    gc.collect()
+    before = num_threads_here()
+    runner = native_runner(build("llama"))
+    assert num_threads_here() == before + 1
+    runner.close()
+    gc.collect()
+    assert num_threads_here() == before
+
+
+def num_threads_here() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_large_models_on_several_threads_are_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_worker.model.fast_forward._FEW_PARAMETERS", 1000)
+    assert isinstance(new_runner(build("llama"), native=True)._forward, FusedDecoder)
+
+
+def test_a_token_wanted_twice_or_out_of_order() -> None:
+    """More logits than tokens, as of a single prompt token that is both the last and scored."""
+    runner = native_runner(build("llama"))
+    driver = Driver(runner)
+    sequence = new_sequence([5, 6, 7])
+    driver.reserve(sequence, 3)
+    span = Span(sequence.token_ids, 0, 3, sequence.block_table)
+    in_order = runner.logits([span], range(3))
+    which = [2, 0, 1, 2, 2, 0, 1, 0]
+    assert torch.equal(runner.logits([span], which), in_order[which])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "block_table", "wanted", "fault"),
+    [
+        ([5, 199], [0], 0, "a token id"),
+        ([5, -1], [0], 0, "a token id"),
+        ([5, 6], [10**6], 0, "a slot"),
+        ([5, 6], [-1], 0, "a slot"),
+        ([5, 6], [0], 2, "a wanted token"),
+        ([5, 6], [0], -1, "a wanted token"),
+    ],
+)
+def test_nothing_is_read_or_written_out_of_range(
+    token_ids: list[int], block_table: list[int], wanted: int, fault: str
+) -> None:
+    runner = native_runner(build("llama"))
+    with pytest.raises(IndexError, match=f"{fault} is out of range"):
+        runner.logits([Span(token_ids, 0, len(token_ids), block_table)], [wanted])
+
+
+def test_blocks_out_of_range_are_not_followed() -> None:
+    runner = native_runner(build("llama"), block_size=4)
+    tokens = list(range(9))
+    with pytest.raises(IndexError, match="a block is out of range"):
+        runner.logits([Span(tokens, 8, 9, [0, 10**6, 1])], [0])
+
+
+def test_a_not_a_number_of_any_kind_is_one_in_the_result() -> None:
+    """All bits set, as in memory that was never written: what a payload adds to must not end up finite."""
+    model = build("llama")
+    runner = native_runner(model)
+    key = model.get_parameter("model.layers.0.self_attn.k_proj.weight")
+    with torch.no_grad():
+        key.view(torch.int32).fill_(-1)
+    assert bool(logits_of(runner, [[1, 2, 3]])[0].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.1.mlp.down_proj", "lm_head"])
+def test_weights_of_two_kinds_are_not_read_as_one(name: str) -> None:
+    model = build("llama")
+    cache = native_runner(model).cache
+    model.get_submodule(name).bfloat16()
+    fused = fuse(model)
+    assert fused is not None
+    with pytest.raises(Unfit, match="differ in kind"):
+        NativeDecoder(fused, cache, CONTEXT)
 
 
 @pytest.mark.parametrize("compiler", ["", "false", "/nonexistent/cc"])
@@ -260,29 +354,11 @@ def test_without_a_compiler_torch_serves_and_the_log_says_so(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setenv("PATH", str(tmp_path) if not compiler else "/bin:/usr/bin")
+    if not compiler:
+        monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level(logging.WARNING):
         runner = new_runner(build("llama"), native=True)
     assert isinstance(runner._forward, FusedDecoder)
     [line] = [r.getMessage() for r in caplog.records if "steps run in torch, not in C" in r.message]
     assert "\n" not in line
-
-
-def test_a_user_without_a_home_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
-    assert isinstance(new_runner(build("llama"), native=True)._forward, FusedDecoder)
-
-
-def test_compiled_once_and_for_this_user_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load_library(torch.float32)
-    [compiled] = (tmp_path / "sluice").iterdir()
-    assert stat.S_IMODE(compiled.parent.stat().st_mode) == 0o700
-    monkeypatch.setenv("CC", "")
-    monkeypatch.setattr(library, "_compile", None)  # a second compilation would fail
-    library.load_library(torch.float32)
