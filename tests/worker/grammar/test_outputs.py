@@ -15,7 +15,7 @@ from tests.worker.grammar.noise import Choice, Noise
 from tests.worker.grammar.schemas import Schema, schemas
 
 FEW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 _seeds = itertools.count()
 
