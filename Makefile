@@ -18,7 +18,7 @@ help:
 	@echo 'make lint    ruff, mypy --strict, buf lint'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
-	@echo 'make bench   measure engine, sampling, AWQ, prefix cache, transport and cancellation on this machine'
+	@echo 'make bench   measure engine, sampling, AWQ, structured output, prefix cache, transport, cancellation here'
 	@echo 'make gpu     on a machine with a GPU: test and measure what no other can'
 	@echo 'make clean   delete the virtual environment and caches'
 
@@ -46,6 +46,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.awq
+	$(BIN)/python -m benchmarks.structured_output
 	$(BIN)/python -m benchmarks.multi_turn
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.cancellation

@@ -21,6 +21,7 @@ from benchmarks.load_client import StreamFailed
 from benchmarks.recording import read_writes
 from benchmarks.report import Report
 from benchmarks.sampling import KINDS
+from benchmarks.structured_output import CONSTRAINTS
 from benchmarks.table import Table, percentile, spread
 from benchmarks.transport import measure_bare, measure_edge, running_stack
 from inference_worker.default_model import CHECKPOINT
@@ -126,6 +127,17 @@ def test_awq_is_measured_by_layers_and_by_whole_models(tmp_path: Path) -> None:
     assert all(float(cell) > 0 for row in layers for cell in row[2:])
     assert [row[:2] for row in models] == [["10M", name] for name in CONTENDERS]
     assert all(float(row[3]) > 0 for row in models)
+
+
+def test_structured_output_measures_every_constraint(tmp_path: Path) -> None:
+    found = quick("benchmarks.structured_output", tmp_path / "RESULTS.md", "--models=10M")
+    speeds, costs = found[: 2 * len(CONSTRAINTS)], found[2 * len(CONSTRAINTS) :]
+    assert [row[:2] for row in speeds] == [[name, n] for name in CONSTRAINTS for n in "13"]
+    assert [row[0] for row in costs] == list(CONSTRAINTS)
+    cells = [cell for row in speeds for cell in row[2:]] + [
+        cell for row in costs for cell in row[1:]
+    ]
+    assert all(float(cell.replace(",", "")) > 0 for cell in cells)
 
 
 def test_conversations_show_what_the_prefix_cache_saves(tmp_path: Path) -> None:
