@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,11 +16,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from inference_worker.scripted_model import ScriptedSettings
+from inference_worker.scripted_model import ScriptedSettings, load_script
 from inference_worker.server import AddressUnusable, Server
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
-from tests.worker.served_worker import generate_request, reasons, refusal_of, serve_script
+from tests.worker.served_worker import (
+    generate_request,
+    reasons,
+    refusal_of,
+    serve,
+    serve_script,
+)
 
 SERVICE = "sluice.v1.GenerationService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -37,6 +44,15 @@ async def test_get_model() -> None:
             assert not model.default_sampling.HasField("seed")
             assert model.default_sampling.HasField("top_k")
             assert abs(model.loaded_at.ToNanoseconds() / 1e9 - time.time()) < 60
+
+
+async def test_get_model_tells_the_memory() -> None:
+    scripted = ScriptedSettings(port=0)
+    served = load_script(scripted)
+    known = replace(served.info, kv_cache_bytes=70, kv_bytes_per_token=7, step_bytes=5)
+    async with serve(replace(served, info=known), scripted) as worker:
+        model = await worker.stub.GetModel(pb.GetModelRequest())
+    assert (model.kv_cache_bytes, model.kv_bytes_per_token, model.step_bytes) == (70, 7, 5)
 
 
 async def test_get_load() -> None:
