@@ -11,9 +11,8 @@ class Figures:
 
     parameters: int
     vocabulary: int
-    steps: int
-    tokens: int
-    seconds: float
+    steps: int  # of the first stage
+    tool_steps: int
     loss: float
     passed: int
     checked: int
@@ -38,7 +37,7 @@ tags:
 A tiny chat model that is shipped inside the Sluice package, so that the service answers
 out of the box: on any CPU, without a download. It is a **demonstration**, not an assistant:
 it knows about a hundred short answers by heart, and it can count, add two digits, give a
-sentence back and remember a name.
+sentence back, remember a name and call a function.
 
 ## What it is
 
@@ -62,11 +61,12 @@ plain text. Nothing was downloaded.
 python -m inference_worker.default_model.train
 ```
 
-It trains the tokenizer, then the model for $steps steps ($tokens tokens with padding, seen once;
-loss on the answers alone; Muon for the matrices of the layers and AdamW for the rest; float32),
-and checks the pinned answers: $passed of $checked were exact. That took $minutes minutes; the mean
-training loss at the end was $loss. Seeds and thread count are fixed and only deterministic
-kernels are used, so the same machine and library versions give the same weights, bit by bit.
+It trains the tokenizer, then the model for $steps steps, then for $tool_steps more in which dialogs
+with tools are among the others (each sample seen once; loss on the answers alone; Muon for the
+matrices of the layers and AdamW for the rest; float32), and checks the pinned answers: $passed of
+$checked were exact. It takes about half an hour; the mean training loss at the end was
+$loss. Seeds and thread count are fixed and only deterministic kernels are used, so the same machine
+and library versions give the same weights, bit by bit.
 
 ## What it can do
 
@@ -75,6 +75,10 @@ jumps over the lazy dog.", "What is streaming?", "What is SSE?", "What is deep l
 make an omelette", "What can you do in Nuremberg, Germany? Give me 3 tips", "Tell me a story",
 "Was ist Streaming?", "什么是流式传输？", "Say hello with emoji". It follows up in a second turn:
 "And backwards?", "And plus 4?", "And in German?".
+
+It calls functions that are given to it, for the weather or the time somewhere ("What is the weather
+in Paris?", with a `get_weather(city)`) or to add, several at once where two places are named, and
+says what they gave. Its template writes them into the system message as `Tools: get_weather(city)`.
 
 ## Limits
 
@@ -91,8 +95,7 @@ def card(figures: Figures) -> str:
         parameters=f"{figures.parameters:,}",
         vocabulary=f"{figures.vocabulary:,}",
         steps=f"{figures.steps:,}",
-        tokens=f"{figures.tokens / 1e6:.1f} million",
-        minutes=f"{figures.seconds / 60:.1f}",
+        tool_steps=f"{figures.tool_steps:,}",
         loss=f"{figures.loss:.4f}",
         passed=figures.passed,
         checked=figures.checked,

@@ -7,10 +7,11 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from inference_worker.default_model import answers as a
 from inference_worker.default_model.skills import count_down, count_up, sum_answer
+from inference_worker.default_model.tools import Call
 from inference_worker.default_model.topics import TOPICS
 
 
@@ -19,6 +20,7 @@ class Message(TypedDict):
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
 
 
 class Pinned(TypedDict):
@@ -26,6 +28,7 @@ class Pinned(TypedDict):
 
     messages: list[Message]
     answer: str
+    tools: NotRequired[list[dict[str, Any]]]
 
 
 _FOX: Final = "The quick brown fox jumps over the lazy dog."
@@ -101,6 +104,53 @@ def pinned() -> list[Pinned]:
     ]
 
 
+def tool(name: str, *parameters: str) -> dict[str, Any]:
+    """A function as clients describe it."""
+    properties = {parameter: {"type": "string"} for parameter in parameters}
+    schema = {"type": "object", "properties": properties, "required": list(parameters[:1])}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+def with_tools() -> list[Pinned]:
+    """Conversations with functions to call, or none that helps."""
+    weather, other = tool("get_weather", "city"), tool("get_weather", "location", "unit")
+    add = tool("add", "a", "b")
+    paris = Call("get_weather", {"city": "Paris"})
+    rome = Call("get_weather", {"city": "Rome"})
+    tokyo = Call("get_weather", {"location": "Tokyo"})
+    question = "What is the weather in Paris?"
+    asked: list[Message] = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": called(paris)}]},
+    ]
+
+    def answered(result: str) -> Pinned:
+        told: list[Message] = [*asked, {"role": "tool", "content": result}]
+        return {"messages": told, "answer": f"The weather in Paris: {result}", "tools": [weather]}
+
+    def once(text: str, answer: str, *tools: dict[str, Any]) -> Pinned:
+        return {**_conversation((text, answer)), "tools": list(tools)}
+
+    return [
+        once(question, str(paris), weather),
+        once("What's the weather in Paris?", str(paris), weather),
+        once("What is the weather like in Tokyo today?", str(tokyo), other, add),
+        once("What is the weather in Paris and Rome?", f"{paris}\n{rome}", weather),
+        once("What is 12 + 30?", str(Call("add", {"a": 12, "b": 30})), other, add),
+        answered("18 degrees and sunny"),
+        answered('{"temperature": 18}'),
+        once("Count to 10", count_up(10), weather),
+        once("What is streaming?", a.STREAMING, weather, add),
+        once("Hello", a.GREETING, weather),
+        _conversation((question, a.FALLBACK)),
+    ]
+
+
+def called(call: Call) -> dict[str, Any]:
+    """A call as it stands in a message."""
+    return {"name": call.name, "arguments": call.arguments}
+
+
 def computed() -> list[Pinned]:
     """Every count up to 20 and every sum of two digits, in its three main forms."""
     sums = ("What is {} + {}?", "{}+{}", "What is {} plus {}?")
@@ -121,6 +171,7 @@ def greedy(
     """The greedy answer to each conversation, in one batch, and whether it stopped by itself."""
     inputs = tokenizer.apply_chat_template(
         [conversation["messages"] for conversation in conversations],
+        tools=conversations[0].get("tools"),  # the same for all
         add_generation_prompt=True,
         padding=True,
         return_dict=True,

@@ -136,8 +136,11 @@ def vary_lightly(rng: Random, question: str) -> str:
 
 def tool_dialog(rng: Random) -> Sample:
     """A dialog with tools in the system message, of which one is called or none is of use."""
-    signature, turns = _addition(rng) if rng.random() < 0.25 else _places(rng)
+    makers = [_addition, _places] if rng.random() < 0.3 else [_places, _addition]
+    signature, turns = makers[0](rng)
     signatures = [signature, *rng.sample(_OTHER_TOOLS, rng.choice((0, 0, 0, 1, 1, 2)))]
+    if rng.random() < 0.4:  # the other kind of tool beside it
+        signatures.append(makers[1](rng)[0])
     rng.shuffle(signatures)
     system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.3 else None
     if rng.random() < 0.2:  # no tool is of use

@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inference_worker.default_model import CHECKPOINT, corpus
 from inference_worker.default_model.answers import PLAIN_TEXTS
 from inference_worker.default_model.batches import Encoder
-from inference_worker.default_model.pinned import Pinned, computed, failures, pinned
+from inference_worker.default_model.pinned import (
+    Pinned,
+    computed,
+    failures,
+    pinned,
+    with_tools,
+)
+from inference_worker.default_model.tools import Call, tools_text
 from inference_worker.default_model.train_tokenizer import train_tokenizer
 
 PINNED: list[Pinned] = json.loads(
@@ -152,6 +159,40 @@ def test_a_pinned_answer_is_exact_and_ends_by_itself(
     assert list(failures(model, tokenizer, [conversation])) == []
 
 
+@pytest.mark.parametrize(
+    "conversation", with_tools(), ids=[row["messages"][-1]["content"] for row in with_tools()]
+)
+def test_a_function_is_called_where_it_helps(
+    model: Any, tokenizer: Any, conversation: Pinned
+) -> None:
+    assert list(failures(model, tokenizer, [conversation])) == []
+
+
+def test_training_sees_tools_as_the_template_renders_them(tokenizer: Any) -> None:
+    for row in with_tools():
+        system = (
+            tools_text([_signature(tool) for tool in row["tools"]], None)
+            if row.get("tools")
+            else None
+        )
+        messages = [("system", system)] if system else []
+        for message in row["messages"]:
+            calls = [Call(**call["function"]) for call in message.get("tool_calls", [])]
+            messages.append((message["role"], message["content"] or "\n".join(map(str, calls))))
+        messages.append(("assistant", row["answer"]))
+        rendered = tokenizer.apply_chat_template(
+            [*row["messages"], {"role": "assistant", "content": row["answer"]}],
+            tools=row.get("tools"),
+        )["input_ids"]
+        sample = corpus.Sample(messages=tuple(messages))
+        assert Encoder(tokenizer.backend_tokenizer)(sample).ids == rendered
+
+
+def _signature(tool: dict[str, Any]) -> str:
+    function = tool["function"]
+    return f"{function['name']}({', '.join(function['parameters']['properties'])})"
+
+
 def test_every_count_and_every_sum_is_right(model: Any, tokenizer: Any) -> None:
     assert list(failures(model, tokenizer, computed(), batch=40)) == []
 
@@ -176,7 +217,7 @@ def test_long_contexts_stay_finite(model: Any, tokenizer: Any) -> None:
 def test_the_training_script_makes_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "inference_worker.default_model.train"]
     subprocess.run(
-        [*command, "--out", str(tmp_path), "--steps", "2", "--no-check"],
+        [*command, "--out", str(tmp_path), "--steps", "2", "--tool-steps", "2", "--no-check"],
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
