@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-from inference_worker.chat_format import ChatFormat, calls_grammar
-from inference_worker.chat_request import Tools, read_tools
+from inference_worker.chat.format import ChatFormat, calls_grammar
+from inference_worker.chat.request import Tools, read_tools
 from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.errors import ContextExceeded, InvalidField, UnsupportedField

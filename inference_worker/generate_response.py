@@ -10,8 +10,8 @@ from typing import Final
 
 from google.protobuf import duration_pb2
 
-from inference_worker.chat_format import THINK_END
-from inference_worker.chat_output import CallPiece, ChatOutput, Piece, Reasoning, Text
+from inference_worker.chat.format import THINK_END
+from inference_worker.chat.output import CallPiece, ChatOutput, Piece, Reasoning, Text
 from inference_worker.continuation import DeliveredRequest
 from inference_worker.engine import event
 from inference_worker.engine.request import Request, SamplingParams

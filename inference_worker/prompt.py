@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from inference_worker.chat_format import ChatFormat
-from inference_worker.chat_request import check_chat, render
+from inference_worker.chat.format import ChatFormat
+from inference_worker.chat.request import check_chat, render
 from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import refuse_unknown_fields
 from inference_worker.tokenizer import TemplateError, Tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inference_worker.chat_format import MARKS, THINK_START, ChatFormat
+from inference_worker.chat.format import MARKS, THINK_START, ChatFormat
 from inference_worker.engine.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -11,8 +11,7 @@ class Figures:
 
     parameters: int
     vocabulary: int
-    steps: int  # of the first stage
-    tool_steps: int
+    steps: list[int]  # of each stage
     loss: float
     passed: int
     checked: int
@@ -61,8 +60,8 @@ plain text. Nothing was downloaded.
 python -m inference_worker.default_model.train
 ```
 
-It trains the tokenizer, then the model for $steps steps, then for $tool_steps more in which dialogs
-with tools are among the others (each sample seen once; loss on the answers alone; Muon for the
+It trains the tokenizer, then the model for $steps steps, of which the last two figures are those of
+stages with tools among the other dialogs, the last at a small rate (each sample seen once; loss on the answers alone; Muon for the
 matrices of the layers and AdamW for the rest; float32), and checks the pinned answers: $passed of
 $checked were exact. It takes about half an hour; the mean training loss at the end was
 $loss. Seeds and thread count are fixed and only deterministic kernels are used, so the same machine
@@ -94,8 +93,7 @@ def card(figures: Figures) -> str:
     return _CARD.substitute(
         parameters=f"{figures.parameters:,}",
         vocabulary=f"{figures.vocabulary:,}",
-        steps=f"{figures.steps:,}",
-        tool_steps=f"{figures.tool_steps:,}",
+        steps=", ".join(f"{steps:,}" for steps in figures.steps),
         loss=f"{figures.loss:.4f}",
         passed=figures.passed,
         checked=figures.checked,

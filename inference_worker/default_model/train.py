@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -42,9 +43,6 @@ from inference_worker.default_model.train_tokenizer import (
     train_tokenizer,
 )
 
-STEPS: Final = 2400
-TOOL_STEPS: Final = 700
-TOOL_RATE: Final = 0.35  # share of the first stage's peak
 TOKENS_PER_BATCH: Final = 2048
 DRILLS: Final = 15_000
 MATRIX_RATE: Final = 0.02
@@ -131,15 +129,29 @@ def train(model: Any, stream: Batches, steps: int, peak_share: float = 1.0) -> f
     return sum(losses) / len(losses)
 
 
-def first_stage(tokenizer: Tokenizer) -> Batches:
-    """Everything but tools."""
-    samples = corpus.compose(corpus.SEED, DRILLS)
-    return batches(tokenizer, samples, corpus.SEED, TOKENS_PER_BATCH, DRILLS)
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the training, with a learning rate that rises and falls of its own."""
+
+    steps: int
+    peak_share: float  # of the rates above
+    has_tools: bool
+    seed: int
+
+    def batches(self, tokenizer: Tokenizer) -> Batches:
+        """Its batches, of samples that no other stage has seen."""
+        if self.has_tools:
+            samples = compose_with_tools(self.seed)
+            return batches(tokenizer, samples, self.seed, TOKENS_PER_BATCH)
+        samples = corpus.compose(self.seed, DRILLS)
+        return batches(tokenizer, samples, self.seed, TOKENS_PER_BATCH, DRILLS)
 
 
-def second_stage(tokenizer: Tokenizer) -> Batches:
-    """Tools, among what was learned before."""
-    return batches(tokenizer, compose_with_tools(), corpus.SEED, TOKENS_PER_BATCH)
+STAGES: Final = (
+    Stage(2400, 1.0, has_tools=False, seed=corpus.SEED),
+    Stage(700, 0.35, has_tools=True, seed=corpus.SEED),  # tools, among what was learned before
+    Stage(200, 0.1, has_tools=True, seed=corpus.SEED + 2),  # to settle
+)
 
 
 def report(done: int, steps: int, seconds: float, loss: float) -> None:
@@ -173,24 +185,21 @@ def main() -> int:
     """Trains, saves and checks; the exit status is 1 where a pinned answer is wrong."""
     parser = argparse.ArgumentParser(description="Makes the default model from scratch.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the first stage")
-    parser.add_argument("--tool-steps", type=int, default=TOOL_STEPS, help="steps of the second")
-    parser.add_argument(
-        "--first-stage", type=Path, help="checkpoint of the first stage to go on from"
-    )
+    parser.add_argument("--most-steps", type=int, default=10**9, help="of each stage; for a trial")
+    parser.add_argument("--resume", type=Path, help="checkpoint of an earlier stage to go on from")
+    parser.add_argument("--done", type=int, default=0, help="with --resume: stages behind it")
     parser.add_argument("--no-check", action="store_true", help="skip the pinned answers")
     options = parser.parse_args()
     started = time.monotonic()
     make_deterministic()
     tokenizer = train_tokenizer()
-    if options.first_stage is None:
-        model = build_model(tokenizer)
-        loss = train(model, first_stage(tokenizer), options.steps)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.first_stage, dtype=torch.float32)
-        loss = 0.0
-    if options.tool_steps:
-        loss = train(model, second_stage(tokenizer), options.tool_steps, TOOL_RATE)
+    model = build_model(tokenizer)
+    if options.resume is not None:
+        model = AutoModelForCausalLM.from_pretrained(options.resume, dtype=torch.float32)
+    loss = 0.0
+    for stage in STAGES[options.done :]:
+        steps = min(stage.steps, options.most_steps)
+        loss = train(model, stage.batches(tokenizer), steps, stage.peak_share)
     save(model, tokenizer, options.out)
     seconds = time.monotonic() - started
     checked, wrong = (0, []) if options.no_check else check(options.out)
@@ -199,8 +208,7 @@ def main() -> int:
     figures = Figures(
         parameters=model.num_parameters(),
         vocabulary=tokenizer.get_vocab_size(),
-        steps=options.steps,
-        tool_steps=options.tool_steps,
+        steps=[stage.steps for stage in STAGES],
         loss=loss,
         passed=checked - len(wrong),
         checked=checked,

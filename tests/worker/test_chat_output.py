@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_worker.chat_format import ChatFormat, ToolFormat
-from inference_worker.chat_output import CallPiece, ChatOutput, Piece, Reasoning, Text
+from inference_worker.chat.format import ChatFormat, ToolFormat
+from inference_worker.chat.output import CallPiece, ChatOutput, Piece, Reasoning, Text
 
 HERMES = ChatFormat(ToolFormat.HERMES)
 LLAMA3 = ChatFormat(ToolFormat.LLAMA3)

@@ -217,7 +217,7 @@ def test_long_contexts_stay_finite(model: Any, tokenizer: Any) -> None:
 def test_the_training_script_makes_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "inference_worker.default_model.train"]
     subprocess.run(
-        [*command, "--out", str(tmp_path), "--steps", "2", "--tool-steps", "2", "--no-check"],
+        [*command, "--out", str(tmp_path), "--most-steps", "2", "--no-check"],
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )

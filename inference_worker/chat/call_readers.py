@@ -1,186 +1,28 @@
-"""The output of a chat, told apart as it streams: reasoning, text, calls of functions.
-
-Whatever is not what its format says stays text, so that nothing the model wrote is lost.
-"""
+"""Reads calls of functions out of a stream of text, one reader for each format."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
-from inference_worker.chat_format import (
+from inference_worker.chat.call_scanner import CallScanner, RawValue
+from inference_worker.chat.format import (
     ARGS,
     CALL_END,
     CALL_START,
     PYTHON_TAG,
-    THINK_END,
-    THINK_START,
     TOOL_CALLS,
     ChatFormat,
     ToolFormat,
 )
-from inference_worker.tool_call_scanner import CallScanner, RawValue
+from inference_worker.chat.marks import SPACES, held_length
 
-_ID_BYTES: Final = 12
-_SPACES: Final = " \t\r\n"
 _MAX_NAME_CHARS: Final = 256  # of a function, until its arguments must have begun
 
 
 @dataclass(frozen=True, slots=True)
-class Reasoning:
-    """More of what the model thinks before it answers."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """More of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallPiece:
-    """More of one call. The first piece has its id and name."""
-
-    index: int
-    arguments: str
-    call_id: str | None = None
-    name: str | None = None
-
-
-Piece = Reasoning | Text | CallPiece
-
-
-class ChatOutput:
-    """Takes one choice's text apart."""
-
-    def __init__(
-        self,
-        chat_format: ChatFormat,
-        tool_names: frozenset[str],
-        *,
-        is_reasoning: bool,
-        is_parallel: bool = True,
-    ) -> None:
-        """`tool_names` is empty where no calls are looked for; `is_reasoning` if the prompt has begun to.
-
-        Not `is_parallel`: calls behind the first one are dropped.
-        """
-        self._most_calls = None if is_parallel else 1
-        self._reasoning = _ReasoningReader(
-            is_reasoning=is_reasoning, may_begin=chat_format.marks_reasoning
-        )
-        self._calls = _call_reader(chat_format, tool_names)
-        self._num_calls = 0
-        self._is_dropping = False
-
-    @property
-    def has_calls(self) -> bool:
-        return self._num_calls > 0
-
-    def push(self, text: str) -> list[Piece]:
-        """Take more text, and give what is certain of it."""
-        pieces: list[Piece] = []
-        reasoning, answer = self._reasoning.push(text)
-        if reasoning:
-            pieces.append(Reasoning(reasoning))
-        pieces += self._read(self._calls.push(answer))
-        return pieces
-
-    def flush(self) -> list[Piece]:
-        """The text ends here."""
-        pieces: list[Piece] = []
-        reasoning, answer = self._reasoning.flush()
-        if reasoning:
-            pieces.append(Reasoning(reasoning))
-        pieces += self._read(self._calls.push(answer))
-        pieces += self._read(self._calls.flush())
-        return pieces
-
-    def _read(self, found: Iterator[str | _CallEvent]) -> Iterator[Piece]:
-        for one in found:
-            if isinstance(one, str):
-                if one:
-                    yield Text(one)
-            elif one.name is not None and self._num_calls == self._most_calls:
-                self._is_dropping = True
-            elif self._is_dropping:
-                pass
-            elif one.name is not None:
-                self._num_calls += 1
-                call_id = f"call_{secrets.token_hex(_ID_BYTES)}"
-                yield CallPiece(self._num_calls - 1, one.arguments, call_id, one.name)
-            elif one.arguments:
-                yield CallPiece(self._num_calls - 1, one.arguments)
-
-
-def held_length(text: str, mark: str) -> int:
-    """How many characters at the end of the text may be the beginning of the mark."""
-    for length in range(min(len(text), len(mark) - 1), 0, -1):
-        if mark.startswith(text[-length:]):
-            return length
-    return 0
-
-
-class _ReasoningReader:
-    """`<think>` at the very beginning, or before it in the prompt, until `</think>`."""
-
-    def __init__(self, *, is_reasoning: bool, may_begin: bool) -> None:
-        self._is_open = is_reasoning
-        self._may_begin = may_begin and not is_reasoning
-        self._skips_spaces = is_reasoning
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str]:
-        """Reasoning and answer in a text."""
-        if not (self._is_open or self._may_begin or self._skips_spaces):
-            return "", text
-        text, self._held = self._held + text, ""
-        if self._may_begin:
-            start = text.lstrip(_SPACES)
-            if THINK_START.startswith(start):
-                self._held = text
-                return "", ""
-            self._may_begin = False
-            if not start.startswith(THINK_START):
-                return "", text
-            self._is_open = self._skips_spaces = True
-            text = start.removeprefix(THINK_START)
-        if self._is_open:
-            return self._push_open(text)
-        return "", self._without_spaces(text)
-
-    def flush(self) -> tuple[str, str]:
-        """What was held, at the end."""
-        held, self._held = self._held, ""
-        return (held, "") if self._is_open else ("", held)
-
-    def _push_open(self, text: str) -> tuple[str, str]:
-        text = self._without_spaces(text)
-        reasoning, mark, answer = text.partition(THINK_END)
-        if not mark:
-            # spaces before the mark belong to neither
-            kept = len(text) - held_length(text, THINK_END)
-            kept = len(text[:kept].rstrip(_SPACES))
-            self._held = text[kept:]
-            return text[:kept], ""
-        self._is_open = False
-        self._skips_spaces = True
-        return reasoning.rstrip(_SPACES), self._without_spaces(answer)
-
-    def _without_spaces(self, text: str) -> str:
-        if self._skips_spaces:
-            text = text.lstrip(_SPACES)
-            self._skips_spaces = not text
-        return text
-
-
-@dataclass(frozen=True, slots=True)
-class _CallEvent:
+class CallEvent:
     """The beginning of a call, which has its name, or more of its arguments."""
 
     arguments: str
@@ -188,20 +30,23 @@ class _CallEvent:
 
 
 # Yields what is certain, and returns the text that is still to be read.
-_Rest: TypeAlias = Generator[str | _CallEvent, None, str]
+_Rest: TypeAlias = Generator[str | CallEvent, None, str]
 
 
-class _CallReader(Protocol):
-    def push(self, text: str) -> Iterator[str | _CallEvent]:
+class CallReader(Protocol):
+    """Tells the calls in one format apart from text."""
+
+    def push(self, text: str) -> Iterator[str | CallEvent]:
         """Text and calls in a text."""
         ...
 
-    def flush(self) -> Iterator[str | _CallEvent]:
+    def flush(self) -> Iterator[str | CallEvent]:
         """What was held, at the end."""
         ...
 
 
-def _call_reader(chat_format: ChatFormat, tool_names: frozenset[str]) -> _CallReader:
+def call_reader(chat_format: ChatFormat, tool_names: frozenset[str]) -> CallReader:
+    """The reader for a format; one that finds none where there are no tools."""
     if not tool_names or chat_format.tools is None:
         return _NoCalls()
     match chat_format.tools:
@@ -214,10 +59,10 @@ def _call_reader(chat_format: ChatFormat, tool_names: frozenset[str]) -> _CallRe
 
 
 class _NoCalls:
-    def push(self, text: str) -> Iterator[str | _CallEvent]:
+    def push(self, text: str) -> Iterator[str | CallEvent]:
         yield text
 
-    def flush(self) -> Iterator[str | _CallEvent]:
+    def flush(self) -> Iterator[str | CallEvent]:
         yield from ()
 
 
@@ -252,16 +97,16 @@ class _OpenCall:
         self._raw += text[:length]
         return text[length:]
 
-    def events(self) -> Iterator[_CallEvent]:
+    def events(self) -> Iterator[CallEvent]:
         """What is new of it."""
         if not self._scanner.is_certain:
             return
         arguments = self._scanner.take_arguments()
         if not self.is_told:
             self.is_told = True
-            yield _CallEvent(arguments, self._scanner.name)
+            yield CallEvent(arguments, self._scanner.name)
         elif arguments:
-            yield _CallEvent(arguments)
+            yield CallEvent(arguments)
 
 
 class _MarkedCalls:
@@ -273,7 +118,7 @@ class _MarkedCalls:
         self._call: _OpenCall | None = None
         self._is_after_call = False  # spaces between calls are nobody's text
 
-    def push(self, text: str) -> Iterator[str | _CallEvent]:
+    def push(self, text: str) -> Iterator[str | CallEvent]:
         text, self._held = self._held + text, ""
         while text:
             if self._call is None:
@@ -283,12 +128,12 @@ class _MarkedCalls:
             else:
                 text = yield from self._read_call(self._call, text)
 
-    def flush(self) -> Iterator[str | _CallEvent]:
+    def flush(self) -> Iterator[str | CallEvent]:
         held, self._held = self._held, ""
         if self._call is not None:
             yield self._call.raw
             self._call = None
-        elif not (self._is_after_call and not held.strip(_SPACES)):
+        elif not (self._is_after_call and not held.strip(SPACES)):
             yield held
 
     def _read_text(self, text: str) -> _Rest:
@@ -296,15 +141,15 @@ class _MarkedCalls:
         if not mark:
             kept = len(text) - held_length(text, self._start)
             # spaces before a call are held as well
-            kept = len(text[:kept].rstrip(_SPACES))
+            kept = len(text[:kept].rstrip(SPACES))
             self._held = text[kept:]
             if text[:kept]:
                 self._is_after_call = False
                 yield text[:kept]
             return ""
-        if before.strip(_SPACES):
-            yield before.rstrip(_SPACES)
-        self._call = _OpenCall(before[len(before.rstrip(_SPACES)) :] + mark)
+        if before.strip(SPACES):
+            yield before.rstrip(SPACES)
+        self._call = _OpenCall(before[len(before.rstrip(SPACES)) :] + mark)
         return rest
 
     def _read_call(self, call: _OpenCall, text: str) -> _Rest:
@@ -317,7 +162,7 @@ class _MarkedCalls:
         return rest
 
     def _read_end(self, text: str) -> str:
-        text = text.lstrip(_SPACES)
+        text = text.lstrip(SPACES)
         if not text:
             return ""
         if text.startswith(self._end):
@@ -342,7 +187,7 @@ class _MistralCalls:
         self._call: _OpenCall | None = None
         self._arguments: RawValue | None = None
 
-    def push(self, text: str) -> Iterator[str | _CallEvent]:
+    def push(self, text: str) -> Iterator[str | CallEvent]:
         text, self._held = self._held + text, ""
         while text:
             if self._call is not None:
@@ -354,12 +199,12 @@ class _MistralCalls:
             else:
                 text = yield from self._read_text(text)
 
-    def flush(self) -> Iterator[str | _CallEvent]:
+    def flush(self) -> Iterator[str | CallEvent]:
         held, self._held = self._held, ""
         if self._call is not None:
             yield self._call.raw
         elif self._is_calling:
-            yield self._lead + held if held.strip(_SPACES) else ""
+            yield self._lead + held if held.strip(SPACES) else ""
         else:
             yield held
 
@@ -377,7 +222,7 @@ class _MistralCalls:
 
     def _read_calling(self, text: str) -> _Rest:
         """Behind the mark: a list, a name, or what stands between two calls."""
-        stripped = text.lstrip(_SPACES + ",")
+        stripped = text.lstrip(SPACES + ",")
         self._skip(text[: len(text) - len(stripped)])
         if not stripped or TOOL_CALLS.startswith(stripped):
             self._held = stripped
@@ -398,7 +243,7 @@ class _MistralCalls:
             return stripped
         if mark:
             self._arguments, self._lead = RawValue(), ""
-            yield _CallEvent("", name.strip(_SPACES))
+            yield CallEvent("", name.strip(SPACES))
             return rest
         self._held = stripped
         return ""
@@ -421,7 +266,7 @@ class _MistralCalls:
 
     def _read_arguments(self, arguments: RawValue, text: str) -> _Rest:
         length = arguments.push_all(text)
-        yield _CallEvent(arguments.take())
+        yield CallEvent(arguments.take())
         if arguments.is_done:
             self._arguments = None
         return text[length:]
@@ -437,7 +282,7 @@ class _BareCalls:
         self._has_calls = False
         self._call: _OpenCall | None = None
 
-    def push(self, text: str) -> Iterator[str | _CallEvent]:
+    def push(self, text: str) -> Iterator[str | CallEvent]:
         text, self._held = self._held + text, ""
         while text:
             if self._is_text:
@@ -448,7 +293,7 @@ class _BareCalls:
             else:
                 text = yield from self._read_call(self._call, text)
 
-    def flush(self) -> Iterator[str | _CallEvent]:
+    def flush(self) -> Iterator[str | CallEvent]:
         held, self._held = self._held, ""
         if self._call is not None:
             yield self._call.raw
@@ -456,8 +301,8 @@ class _BareCalls:
             yield held
 
     def _read_start(self, text: str) -> str:
-        stripped = text.lstrip(_SPACES + (";," if self._has_calls else ""))
-        tagged = stripped.removeprefix(PYTHON_TAG).lstrip(_SPACES)
+        stripped = text.lstrip(SPACES + (";," if self._has_calls else ""))
+        tagged = stripped.removeprefix(PYTHON_TAG).lstrip(SPACES)
         if not tagged or PYTHON_TAG.startswith(stripped):
             self._held = text
             return ""

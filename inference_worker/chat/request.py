@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from google.protobuf import json_format, struct_pb2
 
-from inference_worker.chat_format import ChatFormat, ToolSpec
+from inference_worker.chat.format import ChatFormat, ToolSpec
 from inference_worker.errors import InvalidField
 from inference_worker.field_rules import check_count, refuse_unknown_fields
 from protos.sluice.v1 import generation_pb2 as pb
