@@ -60,12 +60,12 @@ plain text. Nothing was downloaded.
 python -m inference_worker.default_model.train
 ```
 
-It trains the tokenizer, then the model for $steps steps, of which the last two figures are those of
-stages with tools among the other dialogs, the last at a small rate (each sample seen once; loss on the answers alone; Muon for the
-matrices of the layers and AdamW for the rest; float32), and checks the pinned answers: $passed of
-$checked were exact. It takes about half an hour; the mean training loss at the end was
-$loss. Seeds and thread count are fixed and only deterministic kernels are used, so the same machine
-and library versions give the same weights, bit by bit.
+It trains the tokenizer, then the model in three stages of $steps steps: everything but tools, then
+tools among the rest, then the same at a small rate (each sample seen once; loss on the answers
+alone; Muon for the matrices of the layers and AdamW for the rest; float32), and checks the pinned
+answers: $passed of $checked were exact. It takes about half an hour; the mean training loss at the
+end was $loss. Seeds and thread count are fixed and only deterministic kernels are used, so the same
+machine and library versions give the same weights, bit by bit.
 
 ## What it can do
 
@@ -93,7 +93,8 @@ def card(figures: Figures) -> str:
     return _CARD.substitute(
         parameters=f"{figures.parameters:,}",
         vocabulary=f"{figures.vocabulary:,}",
-        steps=", ".join(f"{steps:,}" for steps in figures.steps),
+        steps=", ".join(f"{steps:,}" for steps in figures.steps[:-1])
+        + f" and {figures.steps[-1]:,}",
         loss=f"{figures.loss:.4f}",
         passed=figures.passed,
         checked=figures.checked,
