@@ -17,9 +17,10 @@ from edge.error_response import error_response
 from edge.errors import EdgeError
 from edge.info_endpoints import json_response
 from edge.openapi import document
+from edge.operation import Operation
 from edge.request_log import RequestLog, record_of
 from edge.response_schema import AnyObject
-from edge.routes import Operation, operations
+from edge.routes import operations
 from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
 

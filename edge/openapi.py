@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from edge.operation import Operation
 from edge.response_schema import Error
-from edge.routes import Operation
 from edge.version import version_of_sluice
 
 _REF = "#/components/schemas/{model}"

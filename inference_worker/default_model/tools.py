@@ -178,12 +178,17 @@ def _useless(rng: Random) -> list[Turn]:
     return counting(rng) if any("+" in answer for _, answer in turns) else turns
 
 
-def compose_with_tools(seed: int = SEED) -> Iterator[Sample]:
-    """An endless, deterministic stream: dialogs with tools among those of the first stage."""
+def compose_with_tools(seed: int = SEED, counts: float = 0.0) -> Iterator[Sample]:
+    """An endless, deterministic stream: dialogs with tools among those of the first stage.
+
+    `counts` is a share for counting besides, which suffers most from what is learned anew.
+    """
     rng = Random(seed)
     plain = compose(seed + 1)
     while True:
-        if rng.random() < _TOOL_SHARE:
+        if counts and rng.random() < counts:
+            yield Sample(turns=tuple(counting(rng)))
+        elif rng.random() < _TOOL_SHARE:
             yield tool_dialog(rng)
         elif rng.random() < 0.15:
             yield without_a_tool(rng)

@@ -137,11 +137,12 @@ class Stage:
     peak_share: float  # of the rates above
     has_tools: bool
     seed: int
+    counts: float = 0.0  # share of counting besides
 
     def batches(self, tokenizer: Tokenizer) -> Batches:
         """Its batches, of samples that no other stage has seen."""
         if self.has_tools:
-            samples = compose_with_tools(self.seed)
+            samples = compose_with_tools(self.seed, self.counts)
             return batches(tokenizer, samples, self.seed, TOKENS_PER_BATCH)
         samples = corpus.compose(self.seed, DRILLS)
         return batches(tokenizer, samples, self.seed, TOKENS_PER_BATCH, DRILLS)
@@ -150,7 +151,7 @@ class Stage:
 STAGES: Final = (
     Stage(2400, 1.0, has_tools=False, seed=corpus.SEED),
     Stage(700, 0.35, has_tools=True, seed=corpus.SEED),  # tools, among what was learned before
-    Stage(200, 0.1, has_tools=True, seed=corpus.SEED + 2),  # to settle
+    Stage(200, 0.15, has_tools=True, seed=corpus.SEED + 2, counts=0.25),  # to settle
 )
 
 
