@@ -2,13 +2,28 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edge.dialects.schema import Float, Items, RequestModel, SomeItems, Uint32
 from edge.response_schema import ResponseModel
 
 
-class AnthropicText(RequestModel):
+class AnthropicBlockModel(RequestModel):
+    """A content block. Blocks of an answer are sent back as they came, with fields of later versions that are null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: field
+            for name, field in value.items()
+            if field is not None or name in cls.model_fields
+        }
+
+
+class AnthropicText(AnthropicBlockModel):
     """Text in a message."""
 
     type: Literal["text"]
@@ -17,7 +32,7 @@ class AnthropicText(RequestModel):
     citations: None = None
 
 
-class AnthropicThinking(RequestModel):
+class AnthropicThinking(AnthropicBlockModel):
     """The model's own thinking, sent back."""
 
     type: Literal["thinking"]
@@ -25,7 +40,7 @@ class AnthropicThinking(RequestModel):
     signature: str | None = Field(None, description="Not looked at.")
 
 
-class AnthropicToolUse(RequestModel):
+class AnthropicToolUse(AnthropicBlockModel):
     """The model's own call of a tool, sent back."""
 
     type: Literal["tool_use"]
@@ -36,7 +51,7 @@ class AnthropicToolUse(RequestModel):
     caller: dict[str, Any] | None = Field(None, description="Not looked at.")
 
 
-class AnthropicToolResult(RequestModel):
+class AnthropicToolResult(AnthropicBlockModel):
     """What a tool gave."""
 
     type: Literal["tool_result"]

@@ -12,7 +12,6 @@ class Figures:
     parameters: int
     vocabulary: int
     steps: list[int]  # of each stage
-    loss: float
     passed: int
     checked: int
 
@@ -60,12 +59,12 @@ plain text. Nothing was downloaded.
 python -m inference_worker.default_model.train
 ```
 
-It trains the tokenizer, then the model in three stages of $steps steps: everything but tools, then
-tools among the rest, then the same at a small rate (each sample seen once; loss on the answers
-alone; Muon for the matrices of the layers and AdamW for the rest; float32), and checks the pinned
-answers: $passed of $checked were exact. It takes about half an hour; the mean training loss at the
-end was $loss. Seeds and thread count are fixed and only deterministic kernels are used, so the same
-machine and library versions give the same weights, bit by bit.
+It trains the tokenizer, then the model in stages of $steps steps: everything but tools,
+then tools among the rest, then the same twice at smaller rates (each sample seen once; loss on the
+answers alone; Muon for the matrices of the layers and AdamW for the rest; float32). The weights are
+the mean of those at the ends of the last three. It checks the pinned answers: $passed of $checked
+were exact. It takes about half an hour. Seeds and thread count are fixed and only deterministic
+kernels are used, so the same machine and library versions give the same weights, bit by bit.
 
 ## What it can do
 
@@ -95,7 +94,6 @@ def card(figures: Figures) -> str:
         vocabulary=f"{figures.vocabulary:,}",
         steps=", ".join(f"{steps:,}" for steps in figures.steps[:-1])
         + f" and {figures.steps[-1]:,}",
-        loss=f"{figures.loss:.4f}",
         passed=figures.passed,
         checked=figures.checked,
     )

@@ -14,6 +14,7 @@ from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.native.compiler import CannotCompile
 from inference_worker.model.native.decoder import NativeDecoder
+from inference_worker.model.native.library import NotSuited
 from inference_worker.model.native.matrix import Unfit
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def fast_forwards(
             yield NativeDecoder(fused, cache, context_length, num_threads)
         except Unfit as reason:
             _log.debug("no forward pass in C: %s", reason)
+        except NotSuited as reason:
+            _log.info("steps run in torch, not in C: %s", reason)
         except CannotCompile as error:
             _log.warning("steps run in torch, not in C: %s", error)
     yield fused

@@ -215,12 +215,13 @@ def test_long_contexts_stay_finite(model: Any, tokenizer: Any) -> None:
 
 
 def test_the_training_script_makes_a_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "inference_worker.default_model.train"]
+    out, work = tmp_path / "out", tmp_path / "work"
+    command = [sys.executable, "-m", "inference_worker.default_model.train", "--no-check"]
     subprocess.run(
-        [*command, "--out", str(tmp_path), "--most-steps", "2", "--no-check"],
+        [*command, f"--out={out}", f"--work={work}", "--most-steps=2"],
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    made, shipped = ({path.name for path in folder.iterdir()} for folder in (tmp_path, CHECKPOINT))
+    made, shipped = ({path.name for path in folder.iterdir()} for folder in (out, CHECKPOINT))
     assert made == shipped
-    assert (tmp_path / "tokenizer.json").read_text() == (CHECKPOINT / "tokenizer.json").read_text()
+    assert (out / "tokenizer.json").read_text() == (CHECKPOINT / "tokenizer.json").read_text()

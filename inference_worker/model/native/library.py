@@ -19,7 +19,7 @@ from inference_worker.model.native.compiler import (
     find_compiler,
     fingerprint,
 )
-from inference_worker.model.native.prebuilt import find_prebuilt
+from inference_worker.model.native.prebuilt import find_prebuilt, is_suited
 
 _log = logging.getLogger(__name__)
 _FLAGS: Final = ("-march=native",)
@@ -46,11 +46,17 @@ class _Unsafe(Exception):
     """A folder that is no place to load code from; the message is one line."""
 
 
+class NotSuited(Exception):
+    """Torch is faster on this processor; the message is one line."""
+
+
 def load_library(dtype: str) -> NativeLibrary:
     """The library for weights of a dtype.
 
-    Raises: CannotCompile.
+    Raises: CannotCompile, NotSuited.
     """
+    if not is_suited():
+        raise NotSuited("this processor has no AVX-512")
     if dtype not in DTYPES:
         raise CannotCompile(f"weights of {dtype} are not known to it")
     if (path := find_prebuilt(dtype)) is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inference_worker.model.native.compiler import CannotCompile
-from inference_worker.model.native.library import load_library
+from inference_worker.model.native.library import NotSuited, load_library
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -24,5 +24,5 @@ def native_library() -> None:
     """Skips where the C code cannot be compiled."""
     try:
         load_library("float32")
-    except CannotCompile as error:
+    except (CannotCompile, NotSuited) as error:
         pytest.skip(str(error))

@@ -14,7 +14,7 @@ import pytest
 
 from inference_worker.model.native import compiler, library, prebuilt
 from inference_worker.model.native.compiler import CannotCompile, compile_library, find_compiler
-from inference_worker.model.native.library import load_library
+from inference_worker.model.native.library import NotSuited, load_library
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -184,9 +184,8 @@ def test_prebuilt_libraries_need_no_compiler(
     [
         ("x86_64", prebuilt._LEVEL_4 | {"avx512_bf16"}, "x86-64-v4-bf16"),
         ("x86_64", prebuilt._LEVEL_4, "x86-64-v4"),
-        ("x86_64", prebuilt._LEVEL_4 - {"avx512vl"}, "x86-64-v3"),
-        ("x86_64", prebuilt._LEVEL_3 - {"fma"}, None),
-        ("aarch64", frozenset(), "aarch64"),
+        ("x86_64", prebuilt._LEVEL_4 - {"avx512vl"}, None),
+        ("aarch64", prebuilt._LEVEL_4, None),
         ("riscv64", prebuilt._LEVEL_4, None),
     ],
 )
@@ -206,3 +205,7 @@ def test_a_prebuilt_library_suits_the_processor(
     monkeypatch.setattr(platform, "machine", lambda: machine)
     path = prebuilt.find_prebuilt("float32")
     assert (path and path.name.partition("-float32-")[0]) == expected
+    assert prebuilt.is_suited() == (expected is not None)
+    if expected is None:
+        with pytest.raises(NotSuited):
+            load_library("float32")
