@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Where pip finds torch, and torch alone: an index of CPU builds, say. Empty: where it finds all else.
 TORCH_INDEX_URL ?=
 PIP_INSTALL := .venv/bin/python -m pip install --no-warn-script-location -c constraints.txt
+# Test files that run side by side.
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
@@ -26,7 +28,7 @@ run: $(VENV)/installed-serve
 	@$(BIN)/python deploy/local.py
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

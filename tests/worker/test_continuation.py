@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
@@ -240,8 +240,19 @@ def assert_same_choice(joined: ChoiceRecord, uncut: ChoiceRecord) -> None:
         assert getattr(joined.finished, name) == getattr(uncut.finished, name)
 
 
+# Three choices that alone need more memory than the second worker has.
+CROWDED = pb.GenerateRequest(
+    prompt=pb.Prompt(text=PROMPTS[3]),
+    sampling=pb.Sampling(temperature=1, seed=1),
+    stopping=pb.Stopping(max_tokens=20, ignore_eos=True),
+    output=pb.Output(token_ids=True),
+    n=3,
+)
+
+
 def test_a_cut_stream_that_goes_on_elsewhere_is_the_uncut_one(pair: Pair) -> None:
     @settings(max_examples=40, deadline=None)
+    @example(request=CROWDED, stop=Stops(0, 0, 1, 0, 0), others=[CROWDED], cuts=[4])
     @given(
         request=requests,
         stop=stops,
