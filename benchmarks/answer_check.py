@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 # Most that the greatest logit may exceed a chosen token's, in standard deviations of the position's logits. A token
-# taken at random is some 4 below. What was seen: 0 in float32, 0.13 in bfloat16.
-_TOLERANCE: Final = {"float32": 0.001, "bfloat16": 0.25, "awq": 0.25}
+# taken at random is some 4 below. What was seen: 0 in float32, but 0.0012 of llama.cpp; 0.13 in bfloat16.
+_TOLERANCE: Final = {"float32": 0.01, "bfloat16": 0.25, "awq": 0.25}
 _ROWS_AT_ONCE: Final = 8
 
 
