@@ -47,7 +47,7 @@ class _Unsafe(Exception):
 
 
 class NotSuited(Exception):
-    """Torch is faster on this processor; the message is one line."""
+    """The source is not written for this processor; the message is one line."""
 
 
 def load_library(dtype: str) -> NativeLibrary:
