@@ -76,8 +76,8 @@ def report(plan: Plan) -> Report:
     introduction = (
         f"The engine with and without --deterministic on the {plan.shape}: {plan.prompt_tokens} prompt tokens, "
         f"{plan.new_tokens} new ones, prefill included; one torch thread, CPU time, {plan.repetitions} repetitions in "
-        "turns: median (lowest–highest). Steps in C, where they serve, are equal for any batch by themselves; in torch a "
-        "step of one sequence computes eight rows for its one, and attention goes token by token in prefill too."
+        "turns: median (lowest–highest). Steps in C, where they serve, are equal for any batch by themselves; in torch "
+        "a step of one sequence computes eight rows for its one, and attention goes token by token in prefill too."
     )
     return Report("Determinism", (introduction, str(table)), load)
 
