@@ -189,6 +189,7 @@ def _refuse_later_features(message: pb.GenerateRequest) -> None:
         resume=message.HasField("resume"),
         priority=message.HasField("priority"),
         resume_window=message.HasField("resume_window"),
+        caller=message.HasField("caller"),
     )
 
 

@@ -18,7 +18,7 @@ from inference_worker.errors import (
     SluiceError,
     status_of,
 )
-from inference_worker.field_rules import refuse_unknown_fields
+from inference_worker.field_rules import refuse_unknown_fields, refuse_unsupported
 from inference_worker.generate_request import Limits, read_request
 from inference_worker.generate_response import sampling_message
 from inference_worker.generation import Backend, Generation
@@ -148,6 +148,7 @@ class Worker:
     def abort(self, message: pb.AbortRequest) -> pb.AbortResponse:
         """End a generation. Raises: SluiceError."""
         refuse_unknown_fields(message, "")
+        refuse_unsupported("", key_id=message.HasField("key_id"))
         if not message.request_id:
             raise InvalidField("request_id", "is required")
         return pb.AbortResponse(outcome=self._registry.abort(message.request_id))

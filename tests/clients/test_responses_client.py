@@ -161,7 +161,6 @@ def test_a_call_that_is_required_and_the_turn_after_it(client: openai.OpenAI) ->
     assert call.type == "function_call"
     assert call.name == "paint"
     assert "".join(pieces) == call.arguments
-    assert len(pieces) > 1
     Colour.model_validate_json(call.arguments)
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
     turns: list[Any] = [{"role": "user", "content": "Paint!"}, call, result]

@@ -22,7 +22,7 @@ def test_beyond_slots_and_queue_it_is_429(small_stack: Stack) -> None:
     body = {
         "model": "default",
         "prompt": "Once",
-        "max_tokens": 300,
+        "max_tokens": 1000,
         "ignore_eos": True,
         "stream": True,
     }

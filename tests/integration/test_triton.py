@@ -52,7 +52,9 @@ def test_generate_stream(stack: Stack) -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = [event.json() for event in parse(answer.content).events]
     assert "".join(event["text_output"] for event in events) == continuation(stack)
-    assert len(events) > 4
+    assert (
+        len(events) >= 2
+    )  # text, then the details; how many tokens share an event, the reader's pace decides
     assert {event["model_name"] for event in events} == {"sluice-tiny"}
     assert all("details" not in event for event in events[:-1])
     details = events[-1]["details"]

@@ -114,7 +114,9 @@ async def test_a_constrained_stream_goes_on_elsewhere(random_worker: ServedWorke
     )
     uncut = [message async for message in random_worker.stub.Generate(request)]
     expected = StreamRecord().add(uncut)
-    assert len(uncut) > 10
+    assert (
+        len(uncut) >= 5
+    )  # a header, a delta and a footer of each choice; a slow reader gets no more
     for cut in range(1, len(uncut)):
         record = StreamRecord().add(uncut[:cut])
         if record.usage is None:

@@ -133,9 +133,10 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 LATER: list[tuple[str, dict[str, Any]]] = [
-    ("resume", {"resume": pb.Resume(request_id="r")}),
+    ("resume", {"resume": pb.Resume(resume_id="r")}),
     ("priority", {"priority": 0}),
     ("resume_window", {"resume_window": duration_pb2.Duration()}),
+    ("caller", {"caller": pb.Caller(key_id="k")}),
 ]
 
 

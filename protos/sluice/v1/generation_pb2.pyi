@@ -155,6 +155,7 @@ class GenerateRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     RESUME_WINDOW_FIELD_NUMBER: builtins.int
     CONTINUATION_FIELD_NUMBER: builtins.int
+    CALLER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Names the request for Abort and in the logs: 1 to 128 characters of [A-Za-z0-9._:-], unique among the running ones.
     Unset: the worker makes one.
@@ -202,6 +203,10 @@ class GenerateRequest(google.protobuf.message.Message):
     def continuation(self) -> Global___Continuation:
         """What another worker already delivered of this very request, which goes on from there."""
 
+    @property
+    def caller(self) -> Global___Caller:
+        """For whom it is, as the edge has authenticated them. Not supported yet: UNIMPLEMENTED."""
+
     def __init__(
         self,
         *,
@@ -217,9 +222,10 @@ class GenerateRequest(google.protobuf.message.Message):
         priority: builtins.int | None = ...,
         resume_window: google.protobuf.duration_pb2.Duration | None = ...,
         continuation: Global___Continuation | None = ...,
+        caller: Global___Caller | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
     @typing.overload
@@ -232,6 +238,45 @@ class GenerateRequest(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["prompt", "resume"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
+
+@typing.final
+class Caller(google.protobuf.message.Message):
+    """For whom a request is: the shares, limits and ownership that hold for all requests of one API key together. The
+    worker believes what it is told: only trusted peers should reach its port.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    MAX_CONCURRENT_FIELD_NUMBER: builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: builtins.int
+    key_id: builtins.str
+    """Names the key, never the key itself: 1 to 64 characters of [A-Za-z0-9._:-]. Required."""
+    weight: builtins.float
+    """Share of the worker when several keys have requests waiting, above 0 to 1000. Default: 1."""
+    max_concurrent: builtins.int
+    """Most requests inside the worker at once, 1 or more. Default: no limit but the worker's own."""
+    tokens_per_minute: builtins.int
+    """Most tokens of prompts and completions in a minute, 1 or more. Default: no limit."""
+    def __init__(
+        self,
+        *,
+        key_id: builtins.str = ...,
+        weight: builtins.float | None = ...,
+        max_concurrent: builtins.int | None = ...,
+        tokens_per_minute: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_concurrent", b"_max_concurrent", "_tokens_per_minute", b"_tokens_per_minute", "_weight", b"_weight", "max_concurrent", b"max_concurrent", "tokens_per_minute", b"tokens_per_minute", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_concurrent", b"_max_concurrent", "_tokens_per_minute", b"_tokens_per_minute", "_weight", b"_weight", "key_id", b"key_id", "max_concurrent", b"max_concurrent", "tokens_per_minute", b"tokens_per_minute", "weight", b"weight"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_concurrent", b"_max_concurrent"]) -> typing.Literal["max_concurrent"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]) -> typing.Literal["tokens_per_minute"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
+
+Global___Caller: typing_extensions.TypeAlias = Caller
 
 @typing.final
 class Prompt(google.protobuf.message.Message):
@@ -465,19 +510,21 @@ class Resume(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    REQUEST_ID_FIELD_NUMBER: builtins.int
+    RESUME_ID_FIELD_NUMBER: builtins.int
     AFTER_SEQUENCE_NUMBER_FIELD_NUMBER: builtins.int
-    request_id: builtins.str
-    """The id that `started` gave."""
+    resume_id: builtins.str
+    """Started.resume_id of that stream. Required. Only with the caller.key_id that began it."""
     after_sequence_number: builtins.int
-    """The last sequence number the caller has; the stream goes on with the next."""
+    """The last sequence number the caller has; the stream goes on with the next. Unset: from its beginning."""
     def __init__(
         self,
         *,
-        request_id: builtins.str = ...,
-        after_sequence_number: builtins.int = ...,
+        resume_id: builtins.str = ...,
+        after_sequence_number: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["after_sequence_number", b"after_sequence_number", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number", "resume_id", b"resume_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_after_sequence_number", b"_after_sequence_number"]) -> typing.Literal["after_sequence_number"] | None: ...
 
 Global___Resume: typing_extensions.TypeAlias = Resume
 
@@ -838,6 +885,7 @@ class Started(google.protobuf.message.Message):
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     N_FIELD_NUMBER: builtins.int
     CREATED_AT_FIELD_NUMBER: builtins.int
+    RESUME_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id, given or made."""
     model: builtins.str
@@ -852,6 +900,8 @@ class Started(google.protobuf.message.Message):
     """The most tokens of each choice, as resolved."""
     n: builtins.int
     """Number of choices, as resolved."""
+    resume_id: builtins.str
+    """Names the stream in Resume; at least 128 random bits. Set if the request asked for a resume_window."""
     @property
     def sampling(self) -> Global___Sampling:
         """The sampling parameters in effect, every field set."""
@@ -872,9 +922,11 @@ class Started(google.protobuf.message.Message):
         max_tokens: builtins.int = ...,
         n: builtins.int = ...,
         created_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        resume_id: builtins.str | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["created_at", b"created_at", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "created_at", b"created_at", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "sampling", b"sampling"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_resume_id", b"_resume_id", "created_at", b"created_at", "resume_id", b"resume_id", "sampling", b"sampling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_resume_id", b"_resume_id", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "sampling", b"sampling"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_resume_id", b"_resume_id"]) -> typing.Literal["resume_id"] | None: ...
 
 Global___Started: typing_extensions.TypeAlias = Started
 
@@ -1154,14 +1206,22 @@ class AbortRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    KEY_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id. Required."""
+    key_id: builtins.str
+    """Whose request it has to be, as caller.key_id; another one's is UNKNOWN. Unset: anybody's. Not supported yet:
+    UNIMPLEMENTED.
+    """
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
+        key_id: builtins.str | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_key_id", b"_key_id", "key_id", b"key_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_key_id", b"_key_id", "key_id", b"key_id", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_key_id", b"_key_id"]) -> typing.Literal["key_id"] | None: ...
 
 Global___AbortRequest: typing_extensions.TypeAlias = AbortRequest
 
