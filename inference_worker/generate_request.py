@@ -189,6 +189,8 @@ def _refuse_later_features(message: pb.GenerateRequest) -> None:
         resume=message.HasField("resume"),
         priority=message.HasField("priority"),
         resume_window=message.HasField("resume_window"),
+        resume_tag=message.HasField("resume_tag"),
+        annotation=message.HasField("annotation"),
         caller=message.HasField("caller"),
     )
 

@@ -136,6 +136,8 @@ LATER: list[tuple[str, dict[str, Any]]] = [
     ("resume", {"resume": pb.Resume(resume_id="r")}),
     ("priority", {"priority": 0}),
     ("resume_window", {"resume_window": duration_pb2.Duration()}),
+    ("resume_tag", {"resume_tag": "t"}),
+    ("annotation", {"annotation": b"a"}),
     ("caller", {"caller": pb.Caller(key_id="k")}),
 ]
 

@@ -74,7 +74,9 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
     """Abort was called."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 5
-    """Not sent yet: a call whose deadline passes ends DEADLINE_EXCEEDED."""
+    """The deadline of the call that began a stream with a resume_window passed. That call, and any other, ends
+    DEADLINE_EXCEEDED; this is what a Resume reads.
+    """
     FINISH_REASON_SHUTDOWN: _FinishReason.ValueType  # 6
     """The worker shut down before the end."""
     FINISH_REASON_PREEMPTED: _FinishReason.ValueType  # 7
@@ -98,7 +100,9 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """Abort was called."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 5
-"""Not sent yet: a call whose deadline passes ends DEADLINE_EXCEEDED."""
+"""The deadline of the call that began a stream with a resume_window passed. That call, and any other, ends
+DEADLINE_EXCEEDED; this is what a Resume reads.
+"""
 FINISH_REASON_SHUTDOWN: FinishReason.ValueType  # 6
 """The worker shut down before the end."""
 FINISH_REASON_PREEMPTED: FinishReason.ValueType  # 7
@@ -156,6 +160,8 @@ class GenerateRequest(google.protobuf.message.Message):
     RESUME_WINDOW_FIELD_NUMBER: builtins.int
     CONTINUATION_FIELD_NUMBER: builtins.int
     CALLER_FIELD_NUMBER: builtins.int
+    RESUME_TAG_FIELD_NUMBER: builtins.int
+    ANNOTATION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Names the request for Abort and in the logs: 1 to 128 characters of [A-Za-z0-9._:-], unique among the running ones.
     Unset: the worker makes one.
@@ -166,13 +172,22 @@ class GenerateRequest(google.protobuf.message.Message):
     """Number of choices, 1 to the worker's --max-choices. They share the prompt's KV blocks. Unset: 1."""
     priority: builtins.int
     """Order in the queue, higher first. Not supported yet: UNIMPLEMENTED."""
+    resume_tag: builtins.str
+    """Another name for the stream in Resume, of the caller's choice: 1 to 256 characters. It means the latest stream of
+    this caller.key_id that was given it. It is a secret only as far as the caller keeps it one: where there are no
+    keys, whoever knows it may read the stream. Only with resume_window.
+    """
+    annotation: builtins.bytes
+    """Kept with the stream and given back in the `started` that a Resume reads: what the caller needs to present the
+    stream again, wherever it then is. At most 1 MiB. Only with resume_window.
+    """
     @property
     def prompt(self) -> Global___Prompt:
         """A new generation from a prompt."""
 
     @property
     def resume(self) -> Global___Resume:
-        """The rest of a stream that this worker already began. Not supported yet: UNIMPLEMENTED."""
+        """A stream that this worker already began, or the rest of it. Of the other fields only `caller` may go along."""
 
     @property
     def sampling(self) -> Global___Sampling:
@@ -197,7 +212,10 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def resume_window(self) -> google.protobuf.duration_pb2.Duration:
-        """How long the stream may be resumed after its reader went away. Not supported yet: UNIMPLEMENTED."""
+        """How long the stream may be resumed: from when its reader went away, and from its end. Until then the generation goes
+        on without a reader. Above 0, and cut to the worker's --max-resume-seconds; `started` tells what holds. Unset: the
+        generation ends with its call, and nothing of it is kept.
+        """
 
     @property
     def continuation(self) -> Global___Continuation:
@@ -223,9 +241,13 @@ class GenerateRequest(google.protobuf.message.Message):
         resume_window: google.protobuf.duration_pb2.Duration | None = ...,
         continuation: Global___Continuation | None = ...,
         caller: Global___Caller | None = ...,
+        resume_tag: builtins.str | None = ...,
+        annotation: builtins.bytes | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
     @typing.overload
@@ -234,6 +256,8 @@ class GenerateRequest(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_priority", b"_priority"]) -> typing.Literal["priority"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_request_id", b"_request_id"]) -> typing.Literal["request_id"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_resume_tag", b"_resume_tag"]) -> typing.Literal["resume_tag"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["prompt", "resume"] | None: ...
 
@@ -512,18 +536,28 @@ class Resume(google.protobuf.message.Message):
 
     RESUME_ID_FIELD_NUMBER: builtins.int
     AFTER_SEQUENCE_NUMBER_FIELD_NUMBER: builtins.int
+    RESUME_TAG_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     resume_id: builtins.str
-    """Started.resume_id of that stream. Required. Only with the caller.key_id that began it."""
+    """Started.resume_id of that stream. This or resume_tag is required. Only with the caller.key_id that began it."""
     after_sequence_number: builtins.int
     """The last sequence number the caller has; the stream goes on with the next. Unset: from its beginning."""
+    resume_tag: builtins.str
+    """GenerateRequest.resume_tag of that stream, in place of resume_id."""
+    snapshot: builtins.bool
+    """Read what there is by now, and leave the stream to whoever reads it. Otherwise this call takes it over: the other
+    one ends ABORTED. Default: false.
+    """
     def __init__(
         self,
         *,
         resume_id: builtins.str = ...,
         after_sequence_number: builtins.int | None = ...,
+        resume_tag: builtins.str = ...,
+        snapshot: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number", "resume_id", b"resume_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number", "resume_id", b"resume_id", "resume_tag", b"resume_tag", "snapshot", b"snapshot"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_after_sequence_number", b"_after_sequence_number"]) -> typing.Literal["after_sequence_number"] | None: ...
 
 Global___Resume: typing_extensions.TypeAlias = Resume
@@ -886,6 +920,8 @@ class Started(google.protobuf.message.Message):
     N_FIELD_NUMBER: builtins.int
     CREATED_AT_FIELD_NUMBER: builtins.int
     RESUME_ID_FIELD_NUMBER: builtins.int
+    RESUME_WINDOW_FIELD_NUMBER: builtins.int
+    ANNOTATION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id, given or made."""
     model: builtins.str
@@ -901,7 +937,11 @@ class Started(google.protobuf.message.Message):
     n: builtins.int
     """Number of choices, as resolved."""
     resume_id: builtins.str
-    """Names the stream in Resume; at least 128 random bits. Set if the request asked for a resume_window."""
+    """Names the stream in Resume: 16 to 128 characters of [A-Za-z0-9_], at least 128 bits of them random. Set if the
+    request asked for a resume_window and the worker had room to keep the stream.
+    """
+    annotation: builtins.bytes
+    """GenerateRequest.annotation, where a Resume reads it."""
     @property
     def sampling(self) -> Global___Sampling:
         """The sampling parameters in effect, every field set."""
@@ -909,6 +949,10 @@ class Started(google.protobuf.message.Message):
     @property
     def created_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the worker admitted the request."""
+
+    @property
+    def resume_window(self) -> google.protobuf.duration_pb2.Duration:
+        """The window in effect. Set with resume_id."""
 
     def __init__(
         self,
@@ -923,9 +967,14 @@ class Started(google.protobuf.message.Message):
         n: builtins.int = ...,
         created_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         resume_id: builtins.str | None = ...,
+        resume_window: google.protobuf.duration_pb2.Duration | None = ...,
+        annotation: builtins.bytes | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_resume_id", b"_resume_id", "created_at", b"created_at", "resume_id", b"resume_id", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_resume_id", b"_resume_id", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "sampling", b"sampling"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "created_at", b"created_at", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_resume_id", b"_resume_id"]) -> typing.Literal["resume_id"] | None: ...
 
 Global___Started: typing_extensions.TypeAlias = Started

@@ -75,12 +75,15 @@ class GenerationServiceServicer(object):
         """Streams one generation: `started`, then any number of `delta`, then one `finished` for each choice.
 
         Cancelling the call (or losing the connection, or passing the deadline) stops the generation within one engine
-        step and frees its memory.
+        step and frees its memory; with a resume_window only when that has passed and nobody came back, or at the deadline
+        of the call that began it.
 
-        Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model),
-        ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo (queue, slots or token budget full),
-        UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read for --send-timeout-seconds),
-        INTERNAL (this request failed; others are unharmed).
+        Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model; a
+        stream to resume that is unknown here, expired or another key's), OUT_OF_RANGE (messages to resume that are no
+        longer kept), ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo (queue, slots or token budget
+        full), UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read for
+        --send-timeout-seconds; or, with the reason TAKEN_OVER, another call resumed the stream), INTERNAL (this request
+        failed; others are unharmed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
