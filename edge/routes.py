@@ -1,9 +1,7 @@
 """The route table: what is served where, and what its document says."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -20,10 +18,6 @@ from edge.dialects import (
     responses,
     responses_answer_schema,
     responses_schema,
-    tgi,
-    tgi_schema,
-    triton,
-    triton_schema,
 )
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.responses_endpoints import ResponsesEndpoints
@@ -33,8 +27,9 @@ from edge.drain import Drain
 from edge.error_response import Refuse, error_response
 from edge.generate_endpoint import GenerateEndpoint, Parse
 from edge.info_endpoints import InfoEndpoints
-from edge.operation import GENERATE_ERRORS, BodyParse, Generate, Operation
-from edge.request_body import read_object
+from edge.operation import GENERATE_ERRORS, Generate, Operation
+from edge.route_tables import tgi, triton
+from edge.route_tables.bodies import from_body
 from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
 
@@ -50,7 +45,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
         Operation(
             "POST",
             "/v1/chat/completions",
-            generate(_from_body(openai_chat.parse)),
+            generate(from_body(openai_chat.parse)),
             "Answers a conversation, as OpenAI does.",
             shape.ChatCompletion,
             GENERATE_ERRORS,
@@ -60,7 +55,7 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
         Operation(
             "POST",
             "/v1/completions",
-            generate(_from_body(openai_completions.parse)),
+            generate(from_body(openai_completions.parse)),
             "Continues texts, as OpenAI does.",
             shape.Completion,
             GENERATE_ERRORS,
@@ -86,8 +81,8 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
         *_responses_operations(generate, ResponsesEndpoints(worker)),
         *_native_operations(generate, info),
         *_anthropic_operations(generate, anthropic.CountTokens(worker, PromptLimits.of(settings))),
-        *_tgi_operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
-        *_triton_operations(generate, TritonEndpoints(worker, drain)),
+        *tgi.operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
+        *triton.operations(generate, TritonEndpoints(worker, drain)),
         Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
         Operation(
             "GET",
@@ -107,7 +102,7 @@ def _responses_operations(generate: Generate, endpoints: ResponsesEndpoints) -> 
         Operation(
             "POST",
             "/v1/responses",
-            generate(_from_body(responses.parse)),
+            generate(from_body(responses.parse)),
             "Answers a conversation, as OpenAI's Responses do.",
             shape.ResponsesAnswer,
             GENERATE_ERRORS,
@@ -141,7 +136,7 @@ def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operatio
         Operation(
             "POST",
             "/v1/streams",
-            generate(_resumable(_from_body(native.parse))),
+            generate(_resumable(from_body(native.parse))),
             "Streams a generation as typed events.",
             None,
             (*GENERATE_ERRORS, 410),
@@ -190,7 +185,7 @@ def _anthropic_operations(
         Operation(
             "POST",
             "/v1/messages",
-            generate(_from_body(anthropic.parse), anthropic.refuse),
+            generate(from_body(anthropic.parse), anthropic.refuse),
             "Answers a conversation, as Anthropic does.",
             anthropic_schema.AnthropicAnswer,
             (*GENERATE_ERRORS, 529),
@@ -209,147 +204,6 @@ def _anthropic_operations(
             error=anthropic_schema.AnthropicError,
         ),
     ]
-
-
-def _tgi_operations(generate: Generate, info: TgiEndpoints) -> list[Operation]:
-    def generation(
-        path: str, parse: BodyParse, summary: str, body: type[BaseModel], **more: Any
-    ) -> Operation:
-        endpoint = generate(_from_body(parse), tgi.refuse)
-        answer = more.pop("answer", None)
-        return Operation(
-            "POST",
-            path,
-            endpoint,
-            summary,
-            answer,
-            GENERATE_ERRORS,
-            body=body,
-            last_event="The last one has the whole text.",
-            error=tgi_schema.TgiError,
-            **more,
-        )
-
-    events = {"": tgi_schema.TgiStreamEvent}
-    return [
-        generation(
-            "/generate",
-            tgi.parse_generate,
-            "Continues a text, as TGI does.",
-            tgi_schema.TgiGenerateRequest,
-            answer=tgi_schema.TgiGeneration,
-        ),
-        generation(
-            "/generate_stream",
-            tgi.parse_stream,
-            "Streams the continuation of a text, as TGI does.",
-            tgi_schema.TgiGenerateRequest,
-            events=events,
-        ),
-        generation(
-            "/",
-            tgi.parse,
-            "Continues a text, streamed or not, as TGI does.",
-            tgi_schema.TgiRequest,
-            answer=tgi_schema.TgiGenerations,
-            events=events,
-        ),
-        Operation(
-            "GET",
-            "/info",
-            info.info,
-            "Describes the served model, as TGI does.",
-            tgi_schema.TgiInfo,
-            (500, 503, 504),
-            error=tgi_schema.TgiError,
-        ),
-        Operation(
-            "POST",
-            "/tokenize",
-            info.tokenize,
-            "Gives the tokens of a text, as TGI does.",
-            tgi_schema.TgiInputTokens,
-            (400, 408, 413, 415, 429, 431, 500, 503, 504),
-            body=tgi_schema.TgiTokenizeRequest,
-            error=tgi_schema.TgiError,
-        ),
-    ]
-
-
-def _triton_operations(generate: Generate, info: TritonEndpoints) -> list[Operation]:
-    shape = triton_schema
-    health = (500, 503, 504)
-    table: list[Operation] = []
-
-    def add(method: str, path: str, endpoint: Any, summary: str, answer: Any, **more: Any) -> None:
-        errors = GENERATE_ERRORS if method == "POST" else (404, *health)
-        table.append(
-            Operation(
-                method,
-                path,
-                endpoint,
-                summary,
-                answer,
-                more.pop("errors", errors),
-                error=shape.TritonError,
-                last_event="The end of the body is its end.",
-                **more,
-            )
-        )
-
-    # A version is optional; the longer paths come first, since a model's name may have slashes.
-    for base in ("/v2/models/{model:path}/versions/{version}", "/v2/models/{model:path}"):
-        add(
-            "POST",
-            f"{base}/generate",
-            generate(_from_path_and_body(triton.parse_generate), triton.refuse),
-            "Continues a text, as KServe and Triton do.",
-            shape.TritonGeneration,
-            body=shape.TritonGenerateRequest,
-        )
-        add(
-            "POST",
-            f"{base}/generate_stream",
-            generate(_from_path_and_body(triton.parse_stream), triton.refuse),
-            "Streams the continuation of a text, as KServe and Triton do.",
-            None,
-            body=shape.TritonGenerateRequest,
-            events={"": shape.TritonGeneration},
-        )
-        add(
-            "POST",
-            f"{base}/infer",
-            generate(_from_path_and_body(triton.parse_infer), triton.refuse),
-            "Continues a tensor of texts, as KServe and Triton do.",
-            shape.TritonInference,
-            body=shape.TritonInferRequest,
-        )
-        ready = "Whether the model is served."
-        add("GET", f"{base}/ready", info.model_ready, ready, shape.TritonReady)
-    for base in ("/v2/models/{model:path}/versions/{version}", "/v2/models/{model:path}"):
-        add("GET", base, info.model, "What the model takes and gives.", shape.TritonModel)
-    add("GET", "/v2", info.server, "What answers here.", shape.TritonServer, errors=())
-    live = "Whether the edge is alive."
-    add("GET", "/v2/health/live", info.live, live, shape.TritonLive, errors=())
-    ready = "Whether a worker is serving."
-    add("GET", "/v2/health/ready", info.ready, ready, shape.TritonReady, errors=health)
-    return table
-
-
-def _from_path_and_body(
-    parse: Callable[[dict[str, Any], PromptLimits, dict[str, str]], ParsedRequest],
-) -> Parse:
-    async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
-        return parse(await read_object(request, limits), limits, request.path_params)
-
-    return read_and_parse
-
-
-def _from_body(parse: BodyParse) -> Parse:
-    async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
-        return parse(await read_object(request, limits), limits)
-
-    return read_and_parse
 
 
 async def _from_query(request: Request, limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001

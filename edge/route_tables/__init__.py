@@ -1,0 +1,1 @@
+"""Rows of the route table, a module for each family of routes."""
