@@ -1,11 +1,14 @@
-"""Real clients against the edge before a scripted worker."""
+"""Real clients against the edge before a scripted worker, and before real ones."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pytest_asyncio import is_async_test
 
+from tests.clients import node_clients as node
 from tests.edge.fixtures import edge, http, shared_edge, shared_worker, target, worker
+from tests.integration.stack import Stack, running_stack
 
 __all__ = ["edge", "http", "shared_edge", "shared_worker", "target", "worker"]
 
@@ -13,7 +16,32 @@ _HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the async tests of this folder in the session's loop."""
+    """Runs the async tests of this folder in the session's loop, and waits for the first one's installing."""
     for item in items:
-        if item.path.is_relative_to(_HERE) and is_async_test(item):
+        if not item.path.is_relative_to(_HERE):
+            continue
+        if is_async_test(item):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+        if "node_clients" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(node.INSTALL_SECONDS + 120))
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """Both processes, on the embedded model."""
+    with running_stack() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def slow_stack() -> Iterator[Stack]:
+    """Room for one sequence and no queue, and 50 tokens a second: what goes on has not ended by itself."""
+    flags = {"step_milliseconds": 20, "max_running": 1, "max_waiting": 0}
+    with running_stack(flags, worker_module="inference_worker.scripted_model") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def node_clients() -> node.NodeClients:
+    """The npm packages of `node/`, installed."""
+    return node.installed()
