@@ -142,6 +142,8 @@ class StreamWriter:
         footer.choice_index = finished.choice_index
         footer.completion_tokens = finished.completion_tokens
         footer.finish_reason = reason
+        if self._reading.sends_token_ids:
+            footer.withheld_token_ids.extend(finished.withheld_token_ids)
         if finished.stop_sequence is not None:
             footer.stop_sequence = finished.stop_sequence
         elif finished.stop_token_id is not None:

@@ -38,6 +38,11 @@ class ChoiceOutput:
         return self._stops.matched
 
     @property
+    def withheld_token_ids(self) -> tuple[int, ...]:
+        """The last tokens, which are not given out; after the end, those of which a stop sequence takes a part."""
+        return tuple(token.token_id for _, token in self._tokens)
+
+    @property
     def num_decoded(self) -> int:
         """Characters that the completion's tokens spell so far."""
         return self._num_decoded

@@ -305,12 +305,14 @@ class Engine:
             reason = FinishReason.STOP_SEQUENCE
         live.sequences.remove(sequence)
         self._scheduler.finish(sequence)
+        stop_token_ids = () if stop_token_id is None else (stop_token_id,)
         footer = Finished(
             sequence.choice_index,
             reason,
             stop_sequence,
             stop_token_id,
             completion_tokens=sequence.num_completion_tokens,
+            withheld_token_ids=sequence.output.withheld_token_ids + stop_token_ids,
         )
         self._emit_finished(live, footer)
 

@@ -91,6 +91,7 @@ class Finished:
     usage: Usage | None = None
     timings: Timings | None = None
     completion_tokens: int = 0  # of this choice, those that ended it included
+    withheld_token_ids: tuple[int, ...] = ()  # its last tokens, which no delta carries
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,12 +240,14 @@ class OwnEngineThread:
             stop = choice.output.stop_sequence
             if stop is not None:  # it may have come with the flushed rest
                 reason = FinishReason.STOP_SEQUENCE
+            ending = () if choice.stop_token_id is None else (choice.stop_token_id,)
             footer = Finished(
                 index,
                 reason,
                 stop,
                 None if stop else choice.stop_token_id,
                 completion_tokens=choice.num_tokens,
+                withheld_token_ids=choice.output.withheld_token_ids + ending,
             )
         live = running.live
         live.num_choices_left -= 1

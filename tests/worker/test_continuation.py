@@ -236,7 +236,10 @@ def assert_same_choice(joined: ChoiceRecord, uncut: ChoiceRecord) -> None:
         assert got == pytest.approx(expected, abs=2e-3)
     assert joined.finished is not None
     assert uncut.finished is not None
-    for name in ("finish_reason", "completion_tokens", "stop_sequence", "stop_token_id"):
+    for name in (
+        *("finish_reason", "completion_tokens"),
+        *("stop_sequence", "stop_token_id", "withheld_token_ids"),
+    ):
         assert getattr(joined.finished, name) == getattr(uncut.finished, name)
 
 

@@ -139,6 +139,31 @@ async def test_stop_sequences_and_stop_tokens_end_a_choice() -> None:
         assert messages[-1].finished.stop_token_id == stop_id
 
 
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        pb.Stopping(stop_sequences=["wo th"]),  # begins and ends inside a token
+        pb.Stopping(stop_sequences=["never"]),  # the end-of-sequence token ends it
+        pb.Stopping(ignore_eos=True, max_tokens=7),
+    ],
+)
+async def test_deltas_and_footer_together_have_every_token(stopping: pb.Stopping) -> None:
+    async with serve_script(text=TEXT, repeats=1) as worker:
+        script = await worker.stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=TEXT)))
+        output = pb.Output(token_ids=True)
+        messages = await worker.generate(stopping=stopping, output=output, max_tokens=100)
+        silent = await worker.generate(stopping=stopping, max_tokens=100)
+        eos_token_ids = (await worker.stub.GetModel(pb.GetModelRequest())).eos_token_ids
+    footer = messages[-1].finished
+    ids = [token_id for message in messages for token_id in message.delta.token_ids]
+    ids += footer.withheld_token_ids
+    ended = [*script.token_ids, *eos_token_ids, *eos_token_ids]  # the script's end, again and again
+    assert ids == ended[: footer.completion_tokens]
+    withholds = footer.finish_reason != pb.FINISH_REASON_LENGTH
+    assert bool(footer.withheld_token_ids) == withholds
+    assert not silent[-1].finished.withheld_token_ids
+
+
 async def test_ignore_eos_goes_on() -> None:
     async with serve_script(text=TEXT, repeats=1) as worker:
         stopping = pb.Stopping(ignore_eos=True)

@@ -1136,6 +1136,7 @@ class Finished(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    WITHHELD_TOKEN_IDS_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
     """Which choice, from 0."""
     finish_reason: Global___FinishReason.ValueType
@@ -1154,6 +1155,12 @@ class Finished(google.protobuf.message.Message):
     def timings(self) -> Global___Timings:
         """Set on the last `finished` of the stream only."""
 
+    @property
+    def withheld_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """If output.token_ids asked for them: the choice's last tokens, which no delta carries. They are the stop token, or
+        those from which the stop sequence takes anything; the first of these may have text before it, which was sent.
+        """
+
     def __init__(
         self,
         *,
@@ -1164,9 +1171,10 @@ class Finished(google.protobuf.message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         completion_tokens: builtins.int = ...,
+        withheld_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage", "withheld_token_ids", b"withheld_token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["matched", b"matched"]) -> typing.Literal["stop_sequence", "stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
