@@ -22,22 +22,22 @@ from edge.request_log import RequestLog, record_of
 from edge.response_schema import AnyObject
 from edge.routes import operations
 from edge.settings import EdgeSettings
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 
 
 def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
-    """The routes, with the worker's channel open while the application runs."""
-    worker = WorkerClient(settings)
+    """The routes, with the workers' channels open while the application runs."""
+    workers = WorkerPool(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001
-        await worker.start()
+        await workers.start()
         try:
             yield
         finally:
-            await worker.close()
+            await workers.close()
 
-    table = operations(worker, drain, settings)
+    table = operations(workers, drain, settings)
     table.append(_document_operation(table))
     pages = playground.routes() if settings.playground else []
     app = Starlette(

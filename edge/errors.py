@@ -32,6 +32,8 @@ class EdgeError(Exception):
     # What the worker or the transport said, for the log alone.
     grpc_code: str | None = None
     grpc_details: str | None = None
+    # Of the worker's ErrorInfo.
+    reason: str | None = None
 
     def __str__(self) -> str:
         return f"{self.status} {self.type}: {self.message}"
@@ -182,6 +184,7 @@ def _from_call_status(code: grpc.StatusCode, details: str | None, rich: bytes | 
     shown = details if info.is_ours or code not in _FALLBACK_MESSAGES else None
     message = shown or _FALLBACK_MESSAGES.get(code) or "The request was refused."
     error = _from_row(row, message, info.param, info.retry_ms)
+    error.reason = info.reason
     if code is grpc.StatusCode.NOT_FOUND and info.reason and "REQUEST" in info.reason:
         error.code = "request_not_found"
     return error

@@ -12,7 +12,7 @@ from edge.errors import ClientGoneError, EdgeError, server_error
 from edge.generation import Generation
 from edge.protocol import EXTENSION, Connection
 from edge.request_log import RequestRecord
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 
 _log = structlog.get_logger("edge.request")
 
@@ -51,10 +51,10 @@ class EventStream:
         # Events and pings come from two tasks.
         self._writing = asyncio.Lock()
 
-    async def run(self, generation: Generation, worker: WorkerClient) -> None:
+    async def run(self, generation: Generation, workers: WorkerPool) -> None:
         """Sends the generation to its end. Failures become a status before the 200 and an event after it."""
         try:
-            await self._run(generation, worker)
+            await self._run(generation, workers)
         except EdgeError as error:
             await self._fail(error)
         except ClientGoneError:
@@ -63,11 +63,11 @@ class EventStream:
             _log.exception("unexpected error", request_id=self._record.request_id)
             await self._fail(server_error())
 
-    async def _run(self, generation: Generation, worker: WorkerClient) -> None:
+    async def _run(self, generation: Generation, workers: WorkerPool) -> None:
         encoder = self._encoder
         pinging = asyncio.create_task(self._ping_forever(generation), name="heartbeat")
         try:
-            started = await generation.open(worker)
+            started = await generation.open(workers)
             await self._write(b"".join(map(encoder.encode, range(len(started)), started)))
             has_token = False
             while (item := await generation.read()) is not None:

@@ -16,26 +16,26 @@ from edge.event_stream import EventStream, StreamTiming
 from edge.generation import Generation
 from edge.request_log import RequestRecord, record_of
 from edge.settings import EdgeSettings
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 
 # Reads and checks a request; None means that nothing is left to send (204).
 Parse = Callable[[Request, PromptLimits], Awaitable[ParsedRequest | None]]
 
 
 class GenerateEndpoint:
-    """Parses with a dialect, generates with the worker, answers with the dialect's encoder."""
+    """Parses with a dialect, generates with a worker, answers with the dialect's encoder."""
 
     def __init__(
         self,
         parse: Parse,
         refuse: Refuse,
-        worker: WorkerClient,
+        workers: WorkerPool,
         drain: Drain,
         settings: EdgeSettings,
     ) -> None:
         self._parse = parse
         self._refuse = refuse
-        self._worker = worker
+        self._workers = workers
         self._drain = drain
         self._limits = PromptLimits.of(settings)
         self._timing = StreamTiming(
@@ -76,7 +76,7 @@ class GenerateEndpoint:
                 stream = EventStream(
                     scope, receive, send, record, self._timing, parsed.encoder(), self._refuse
                 )
-                await stream.run(generation, self._worker)
+                await stream.run(generation, self._workers)
             else:
                 body = await self._collect(generation, parsed.collector(), record)
                 response = Response(body, media_type="application/json")
@@ -88,7 +88,7 @@ class GenerateEndpoint:
     async def _collect(
         self, generation: Generation, collector: Collector, record: RequestRecord
     ) -> bytes:
-        for prompt, message in enumerate(await generation.open(self._worker)):
+        for prompt, message in enumerate(await generation.open(self._workers)):
             collector.add(prompt, message)
         while (item := await generation.read()) is not None:
             if item[1].HasField("delta"):

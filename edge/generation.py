@@ -1,4 +1,4 @@
-"""The calls behind one HTTP request, read as one stream of messages."""
+"""The streams behind one HTTP request, read as one stream of messages."""
 
 import asyncio
 from collections import deque
@@ -9,7 +9,8 @@ import grpc
 
 from edge.errors import ClientGoneError, EdgeError, from_status, server_error
 from edge.finish_reason import finish_reason_name
-from edge.worker_client import GenerateCall, WorkerClient, error_from_call
+from edge.worker_pool import WorkerPool
+from edge.worker_stream import WorkerStream
 from protos.sluice.v1 import generation_pb2 as pb
 
 # Which of the request's prompts a message belongs to, and the message.
@@ -17,9 +18,9 @@ Item = tuple[int, pb.GenerateResponse]
 
 
 class Generation:
-    """One call for each prompt of an HTTP request; most requests have one.
+    """One stream for each prompt of an HTTP request; most requests have one.
 
-    `stop` may come from anywhere at any time (the client went away, the edge shuts down): the calls are cancelled and
+    `stop` may come from anywhere at any time (the client went away, the edge shuts down): they are cancelled and
     whoever reads gets the reason as an exception.
     """
 
@@ -31,7 +32,7 @@ class Generation:
         self._prompt_tokens = 0
         self._usage = pb.Usage()
         self._finish_reasons: set[str] = set()
-        self._calls: list[GenerateCall] = []
+        self._streams: list[WorkerStream] = []
         self._unfinished: list[int] = []
         self._reads: dict[asyncio.Task[pb.GenerateResponse | None], int] = {}
         self._arrived: deque[tuple[int, asyncio.Task[pb.GenerateResponse | None]]] = deque()
@@ -44,9 +45,9 @@ class Generation:
         self.cancel()
 
     def cancel(self) -> None:
-        """Cancels what still runs. Calls are never abandoned: nothing else would end them."""
-        for call in self._calls:
-            call.cancel()
+        """Cancels what still runs."""
+        for stream in self._streams:
+            stream.cancel()
         for task in self._reads:
             task.cancel()
 
@@ -59,18 +60,17 @@ class Generation:
             summary["finish_reasons"] = sorted(self._finish_reasons)
         return summary
 
-    async def open(self, worker: WorkerClient) -> list[pb.GenerateResponse]:
-        """Begins the calls and returns the `started` message of each.
+    async def open(self, workers: WorkerPool) -> list[pb.GenerateResponse]:
+        """Begins the streams and returns the `started` message of each.
 
         All of them must be admitted before any is answered: a request that is refused in part is refused.
         """
-        await worker.require_serving()
         self._raise_if_stopped()
-        self._calls = [worker.generate(request) for request in self._requests]
-        if len(self._calls) == 1:
-            first = [await self._read_call(0)]
+        self._streams = [WorkerStream(workers, request) for request in self._requests]
+        if len(self._streams) == 1:
+            first = [await self._read_stream(0)]
         else:
-            first = await asyncio.gather(*map(self._read_call, range(len(self._calls))))
+            first = await asyncio.gather(*map(self._read_stream, range(len(self._streams))))
         started = [message for message in first if message is not None]
         if len(started) < len(first) or any(not m.HasField("started") for m in started):
             raise server_error()
@@ -80,14 +80,14 @@ class Generation:
 
     async def read(self) -> Item | None:
         """The next message, or None after the last one."""
-        if len(self._calls) == 1:
-            message = await self._read_call(0)
+        if len(self._streams) == 1:
+            message = await self._read_stream(0)
             return None if message is None else (0, message)
         return await self._read_any()
 
     async def _read_any(self) -> Item | None:
         if not self._reads and not self._arrived:
-            self._begin_reads(range(len(self._calls)))
+            self._begin_reads(range(len(self._streams)))
         while self._arrived or self._reads:
             if not self._arrived:
                 await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
@@ -104,7 +104,7 @@ class Generation:
 
     def _begin_reads(self, indexes: Sequence[int]) -> None:
         for index in indexes:
-            task = asyncio.ensure_future(self._read_call(index))
+            task = asyncio.ensure_future(self._read_stream(index))
             task.add_done_callback(_retrieve)
             self._reads[task] = index
 
@@ -113,10 +113,9 @@ class Generation:
             self._raise_if_stopped()
         return task.result()
 
-    async def _read_call(self, index: int) -> pb.GenerateResponse | None:
-        call = self._calls[index]
+    async def _read_stream(self, index: int) -> pb.GenerateResponse | None:
         try:
-            message = await call.read()
+            message = await self._streams[index].read()
         except asyncio.CancelledError:
             self._raise_if_stopped()
             task = asyncio.current_task()
@@ -124,13 +123,12 @@ class Generation:
                 raise
             # grpc.aio raises this also when the worker itself ends the call with CANCELLED.
             raise from_status(grpc.StatusCode.CANCELLED, None, None) from None
-        except grpc.aio.AioRpcError as error:
+        except EdgeError as error:
             self._raise_if_stopped()
-            failure = error_from_call(error)
-            failure.rename_param(self._field_name)
-            raise failure from None
+            error.rename_param(self._field_name)
+            raise
         self._raise_if_stopped()
-        if not isinstance(message, pb.GenerateResponse):  # grpc.aio.EOF
+        if message is None:
             if self._unfinished and self._unfinished[index] > 0:
                 raise server_error()
             return None

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from edge.drain import Drain
 from edge.errors import EdgeError, invalid_request
 from edge.json_codec import encode
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -23,8 +23,8 @@ def json_response(value: Any, status: int = 200) -> Response:
 class InfoEndpoints:
     """Short answers."""
 
-    def __init__(self, worker: WorkerClient, drain: Drain) -> None:
-        self._worker = worker
+    def __init__(self, workers: WorkerPool, drain: Drain) -> None:
+        self._workers = workers
         self._drain = drain
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002
@@ -33,27 +33,27 @@ class InfoEndpoints:
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002
         """Ready while a worker serves, until the shutdown begins."""
-        reason = "the server is shutting down" if self._drain.is_stopping else self._worker.reason
-        if self._drain.is_stopping or not self._worker.is_serving:
+        reason = "the server is shutting down" if self._drain.is_stopping else self._workers.reason
+        if self._drain.is_stopping or not self._workers.is_serving:
             return json_response({"status": "not_ready", "reason": reason}, 503)
         return json_response({"status": "ready", "reason": None})
 
     async def models(self, request: Request) -> Response:  # noqa: ARG002
         """The list of one."""
-        model = await self._worker.get_model()
+        model = await self._workers.get_model()
         return json_response({"object": "list", "data": [_model_json(model.model, model)]})
 
     async def model(self, request: Request) -> Response:
         """The served model under the name that was asked for."""
         name = request.path_params["model"]
-        return json_response(_model_json(name, await self._worker.get_model(name)))
+        return json_response(_model_json(name, await self._workers.get_model(name)))
 
     async def abort(self, request: Request) -> Response:
         """Says what it did."""
         request_id = request.path_params["request_id"]
         if not _REQUEST_ID.fullmatch(request_id):
             raise invalid_request("Not a request id.", "request_id")
-        outcome = await self._worker.abort(request_id)
+        outcome = await self._workers.abort(request_id)
         if outcome == pb.ABORT_OUTCOME_ABORTED:
             return json_response({"request_id": request_id, "outcome": "aborted"})
         if outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED:

@@ -31,15 +31,15 @@ from edge.operation import GENERATE_ERRORS, Generate, Operation
 from edge.route_tables import tgi, triton
 from edge.route_tables.bodies import from_body
 from edge.settings import EdgeSettings
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 
 
-def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> list[Operation]:
+def operations(workers: WorkerPool, drain: Drain, settings: EdgeSettings) -> list[Operation]:
     """All of them but the document's own."""
-    info = InfoEndpoints(worker, drain)
+    info = InfoEndpoints(workers, drain)
 
     def generate(parse: Parse, refuse: Refuse = error_response) -> GenerateEndpoint:
-        return GenerateEndpoint(parse, refuse, worker, drain, settings)
+        return GenerateEndpoint(parse, refuse, workers, drain, settings)
 
     return [
         Operation(
@@ -78,11 +78,11 @@ def operations(worker: WorkerClient, drain: Drain, settings: EdgeSettings) -> li
             shape.ModelObject,
             (404, 500, 503, 504),
         ),
-        *_responses_operations(generate, ResponsesEndpoints(worker)),
+        *_responses_operations(generate, ResponsesEndpoints(workers)),
         *_native_operations(generate, info),
-        *_anthropic_operations(generate, anthropic.CountTokens(worker, PromptLimits.of(settings))),
-        *tgi.operations(generate, TgiEndpoints(worker, PromptLimits.of(settings))),
-        *triton.operations(generate, TritonEndpoints(worker, drain)),
+        *_anthropic_operations(generate, anthropic.CountTokens(workers, PromptLimits.of(settings))),
+        *tgi.operations(generate, TgiEndpoints(workers, PromptLimits.of(settings))),
+        *triton.operations(generate, TritonEndpoints(workers, drain)),
         Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
         Operation(
             "GET",

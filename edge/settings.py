@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from edge.worker_targets import split_targets
+
 ENV_PREFIX = "SLUICE_EDGE_"
 
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[^\s/:@?#\[\]]+)"
-# gRPC's own forms of a target, where dns: may name the server to ask.
-_TARGET = re.compile(rf"(dns:(//[^\s/]*/)?|ipv4:|ipv6:)?{_HOST}:(?P<port>[0-9]{{1,5}})|unix:\S+")
 _ORIGIN = re.compile(rf"\*|[A-Za-z][A-Za-z0-9+.-]*://{_HOST}(:[0-9]{{1,5}})?")
 
 
@@ -20,7 +20,7 @@ def unit(name: str) -> dict[str, Any]:
 
 
 class EdgeSettings(BaseSettings):
-    """Serve HTTP and server-sent events in front of one worker."""
+    """Serve HTTP and server-sent events in front of workers."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -45,8 +45,25 @@ class EdgeSettings(BaseSettings):
     )
     worker: str = Field(
         "localhost:50051",
-        description="gRPC target of the worker: host:port, or unix:/path.",
+        description="gRPC targets of the workers, separated by commas: host:port, unix:/path, or"
+        " dns:///name:port for every address that the name has. All serve the same model.",
         json_schema_extra=unit("target"),
+    )
+    resolve_seconds: float = Field(
+        10,
+        gt=0,
+        le=3600,
+        description="Time after which a dns: name is looked up again; a second while a worker of"
+        " it does not serve.",
+        json_schema_extra=unit("seconds"),
+    )
+    failover_attempts: int = Field(
+        2,
+        ge=0,
+        le=16,
+        description="How often a request goes to another worker after one that was lost; 0 turns"
+        " failover off.",
+        json_schema_extra=unit("times"),
     )
     cors_origins: str = Field(
         "",
@@ -159,10 +176,8 @@ class EdgeSettings(BaseSettings):
 
     @field_validator("worker")
     @classmethod
-    def _is_target(cls, value: str) -> str:
-        match = _TARGET.fullmatch(value)
-        if match is None or (match["port"] and not 0 < int(match["port"]) < 65536):
-            raise ValueError("must be host:port or unix:/path")
+    def _are_targets(cls, value: str) -> str:
+        split_targets(value)
         return value
 
     @field_validator("cors_origins")

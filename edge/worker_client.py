@@ -1,14 +1,16 @@
-"""The channel to the worker: calls with deadlines, and whether it serves."""
+"""The channel to one worker: calls with deadlines, and whether it serves."""
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from edge.errors import DETAILS_KEY, EdgeError, from_status, unavailable
+from edge.errors import DETAILS_KEY, EdgeError, from_status
 from edge.settings import EdgeSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
@@ -16,6 +18,8 @@ from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
 GenerateCall = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
 
 _WATCH_RETRY_SECONDS = 0.25
+# How long a worker counts as full after it refused a request for want of room.
+_FULL_SECONDS = 1.0
 _log = structlog.get_logger("edge.worker")
 
 
@@ -49,20 +53,39 @@ def error_from_call(error: grpc.aio.AioRpcError) -> EdgeError:
     return from_status(error.code(), error.details(), rich)
 
 
+def open_channel(target: str, name: str | None, settings: EdgeSettings) -> grpc.aio.Channel:
+    """A channel of its own to one worker. `name` is the host:port that `target`'s address was found by, if any."""
+    options = channel_options(settings.max_message_bytes)
+    if name is not None:
+        options.append(("grpc.default_authority", name))
+    return grpc.aio.insecure_channel(target, options=options)
+
+
 class WorkerClient:
     """One worker. Start it within the event loop that uses it."""
 
-    def __init__(self, settings: EdgeSettings) -> None:
+    def __init__(
+        self,
+        target: str,
+        settings: EdgeSettings,
+        on_change: Callable[[], None],
+        name: str | None = None,
+    ) -> None:
+        """`on_change` is called when `is_serving` may have changed."""
+        self.target = target
+        self._name = name
         self._settings = settings
+        self._on_change = on_change
         self._is_serving = False
         self._reason = "no answer from the worker yet"
-        self._known = asyncio.Event()
+        self._is_known = False
+        self._is_reachable = False
+        self._outstanding = 0
+        self._full_until = 0.0
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Opens the channel and begins to watch the worker's health."""
-        self._channel = grpc.aio.insecure_channel(
-            self._settings.worker, options=channel_options(self._settings.max_message_bytes)
-        )
+        self._channel = open_channel(self.target, self._name, self._settings)
         self._stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(
             self._channel
         )
@@ -82,21 +105,43 @@ class WorkerClient:
         return self._is_serving
 
     @property
+    def is_known(self) -> bool:
+        """Whether that has been found out at least once."""
+        return self._is_known
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether it answers at all; one that drains does."""
+        return self._is_reachable
+
+    @property
     def reason(self) -> str:
-        """Why it does not."""
+        """Why it does not serve."""
         return self._reason
 
-    async def require_serving(self) -> None:
-        """Returns when the worker serves, raises a 503 when it does not; waits a little when that is not known."""
-        if not self._known.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._known.wait(), self._settings.connect_timeout_seconds)
-        if not self._is_serving:
-            raise unavailable(f"No worker is ready: {self._reason}.")
+    @property
+    def outstanding(self) -> int:
+        """Generations that this edge has with it."""
+        return self._outstanding
 
-    def generate(self, request: pb.GenerateRequest) -> GenerateCall:
+    @property
+    def is_full(self) -> bool:
+        """Whether it lately refused a request for want of room: fewest outstanding here may be most elsewhere."""
+        return time.monotonic() < self._full_until
+
+    def refused(self) -> None:
+        """Notes such a refusal."""
+        self._full_until = time.monotonic() + _FULL_SECONDS
+
+    def generate(self, request: pb.GenerateRequest, timeout_seconds: float) -> GenerateCall:
         """Begins a generation. The caller must cancel the call in `finally`."""
-        return self._stub.Generate(request, timeout=self._settings.request_timeout_seconds)
+        call = self._stub.Generate(request, timeout=timeout_seconds)
+        self._outstanding += 1
+        call.add_done_callback(self._generated)
+        return call
+
+    def _generated(self, _: Any) -> None:
+        self._outstanding -= 1
 
     async def abort(self, request_id: str) -> pb.AbortOutcome.ValueType:
         """Ends a generation that came over any connection."""
@@ -118,7 +163,6 @@ class WorkerClient:
         return response
 
     async def _ask(self, method: Any, request: Any) -> Any:
-        await self.require_serving()
         call = method(request, timeout=self._settings.connect_timeout_seconds)
         try:
             return await call
@@ -141,6 +185,7 @@ class WorkerClient:
             await asyncio.sleep(_WATCH_RETRY_SECONDS)
 
     def _health_changed(self, status: int) -> None:
+        self._is_reachable = True
         if status == health_pb2.HealthCheckResponse.SERVING:
             self._set(True, "")
         else:
@@ -148,6 +193,7 @@ class WorkerClient:
             self._set(False, f"the worker says {name}")
 
     def _watch_failed(self, error: grpc.aio.AioRpcError) -> None:
+        self._is_reachable = error.code() is not grpc.StatusCode.UNAVAILABLE
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
             self._set(True, "")  # no health service, but a server that answers
         elif error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -156,8 +202,9 @@ class WorkerClient:
             self._set(False, f"the worker's health check failed with {error.code().name}")
 
     def _set(self, is_serving: bool, reason: str) -> None:
-        if (is_serving, reason) != (self._is_serving, self._reason) or not self._known.is_set():
-            target = self._settings.worker
+        if (is_serving, reason) != (self._is_serving, self._reason) or not self._is_known:
+            target = self.target
             _log.info("worker health", target=target, serving=is_serving, reason=reason or None)
         self._is_serving, self._reason = is_serving, reason
-        self._known.set()
+        self._is_known = True
+        self._on_change()

@@ -25,7 +25,7 @@ from edge.info_endpoints import json_response
 from edge.json_codec import decode, encode
 from edge.request_body import read_object
 from edge.request_log import record_of
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 _STOP_REASONS: Final = {
@@ -104,15 +104,15 @@ def refuse(error: EdgeError, request_id: str = "") -> Response:
 class CountTokens:
     """POST /v1/messages/count_tokens."""
 
-    def __init__(self, worker: WorkerClient, limits: PromptLimits) -> None:
-        self._worker = worker
+    def __init__(self, workers: WorkerPool, limits: PromptLimits) -> None:
+        self._workers = workers
         self._limits = limits
 
     async def answer(self, request: Request) -> Response:
         """The length of the prompt that the messages make."""
         try:
             body = validate(AnthropicFields, await read_object(request, self._limits))
-            answer = await self._worker.tokenize(
+            answer = await self._workers.tokenize(
                 pb.TokenizeRequest(model=body.model, prompt=pb.Prompt(chat=_chat(body)))
             )
         except EdgeError as error:

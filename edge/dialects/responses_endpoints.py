@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from edge.errors import EdgeError, invalid_request
 from edge.info_endpoints import json_response
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
@@ -16,15 +16,15 @@ _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 class ResponsesEndpoints:
     """Short answers."""
 
-    def __init__(self, worker: WorkerClient) -> None:
-        self._worker = worker
+    def __init__(self, workers: WorkerPool) -> None:
+        self._workers = workers
 
     async def cancel(self, request: Request) -> Response:
         """Ends a response that is generated on another connection."""
         response_id = request.path_params["response_id"]
         outcome = pb.ABORT_OUTCOME_UNKNOWN
         if _RESPONSE_ID.fullmatch(response_id):
-            outcome = await self._worker.abort(response_id)
+            outcome = await self._workers.abort(response_id)
         if outcome == pb.ABORT_OUTCOME_ABORTED:
             return json_response({"id": response_id, "object": "response", "status": "cancelled"})
         if outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED:

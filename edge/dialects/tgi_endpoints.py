@@ -16,21 +16,21 @@ from edge.info_endpoints import json_response
 from edge.request_body import read_object
 from edge.request_log import record_of
 from edge.version import version_of_sluice
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 
 class TgiEndpoints:
     """Short answers."""
 
-    def __init__(self, worker: WorkerClient, limits: PromptLimits) -> None:
-        self._worker = worker
+    def __init__(self, workers: WorkerPool, limits: PromptLimits) -> None:
+        self._workers = workers
         self._limits = limits
 
     async def info(self, request: Request) -> Response:
         """What is served."""
         try:
-            model = await self._worker.get_model()
+            model = await self._workers.get_model()
         except EdgeError as error:
             return _refused(request, error)
         return json_response(
@@ -51,7 +51,7 @@ class TgiEndpoints:
         try:
             body = validate(TgiTokenizeRequest, await read_object(request, self._limits))
             prompt = pb.Prompt(text=body.inputs)
-            answer = await self._worker.tokenize(pb.TokenizeRequest(prompt=prompt))
+            answer = await self._workers.tokenize(pb.TokenizeRequest(prompt=prompt))
         except EdgeError as error:
             error.rename_param(NAMES)
             return _refused(request, error)

@@ -11,15 +11,15 @@ from edge.errors import EdgeError, unavailable
 from edge.info_endpoints import json_response
 from edge.request_log import record_of
 from edge.version import version_of_sluice
-from edge.worker_client import WorkerClient
+from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 
 class TritonEndpoints:
     """Short answers. What is not ready is a 503, since a 4xx would say that the question was wrong."""
 
-    def __init__(self, worker: WorkerClient, drain: Drain) -> None:
-        self._worker = worker
+    def __init__(self, workers: WorkerPool, drain: Drain) -> None:
+        self._workers = workers
         self._drain = drain
 
     async def server(self, request: Request) -> Response:  # noqa: ARG002
@@ -37,8 +37,8 @@ class TritonEndpoints:
         """Ready while a worker serves, until the shutdown begins."""
         if self._drain.is_stopping:
             return _refused(request, unavailable("The server is shutting down."))
-        if not self._worker.is_serving:
-            return _refused(request, unavailable(f"No worker is ready: {self._worker.reason}."))
+        if not self._workers.is_serving:
+            return _refused(request, unavailable(f"No worker is ready: {self._workers.reason}."))
         return json_response({"ready": True})
 
     async def model_ready(self, request: Request) -> Response:
@@ -67,7 +67,7 @@ class TritonEndpoints:
 
     async def _model(self, request: Request) -> pb.GetModelResponse:
         check_version(request.path_params)
-        return await self._worker.get_model(request.path_params["model"])
+        return await self._workers.get_model(request.path_params["model"])
 
 
 def _refused(request: Request, error: EdgeError) -> Response:

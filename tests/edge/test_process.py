@@ -67,10 +67,16 @@ def test_help_lists_every_setting_with_default_unit_and_variable() -> None:
         (["--nonsense"], {}, "--nonsense"),
         (["stray"], {}, "stray (--help lists the settings)"),
         (["--host="], {}, "--host: "),
-        (["--worker="], {}, "--worker: must be host:port or unix:/path, got ''"),
+        (
+            ["--worker="],
+            {},
+            "--worker: must be host:port or unix:/path, or several with commas between, got ''",
+        ),
         (["--worker=nonsense"], {}, "--worker: must be host:port"),
         (["--worker=http://worker:50051"], {}, "--worker: must be host:port"),
         (["--worker=worker:70000"], {}, "--worker: must be host:port"),
+        (["--worker=a:1,,b:2"], {}, "--worker: must be host:port"),
+        (["--worker=a:1,b:2,a:1"], {}, "--worker: must not name a worker twice"),
         ([], {"SLUICE_EDGE_WORKER": "nonsense"}, "edge: SLUICE_EDGE_WORKER: must be host:port"),
         (["--cors-origins=foo"], {}, "--cors-origins: 'foo' must be * or scheme://host[:port]"),
         (["--cors-origins=https://a.example,https://b.example/"], {}, "'https://b.example/'"),
@@ -123,6 +129,7 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         "ipv6:[::1]:50051",
         "unix:/run/worker.sock",
         "unix:///run/worker.sock",
+        "worker-0:50051, worker-1:50051,unix:/run/worker.sock",
     ],
 )
 def test_targets_of_grpc_are_taken(worker: str) -> None:
