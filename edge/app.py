@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -9,24 +10,36 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
+from starlette.types import Lifespan
 
 from edge import playground
 from edge.drain import Drain
 from edge.error_response import error_response
 from edge.errors import EdgeError
-from edge.info_endpoints import json_response
+from edge.gate import Gate, Gated
+from edge.info_endpoints import InfoEndpoints, json_response
 from edge.openapi import document
 from edge.operation import Operation
 from edge.request_log import RequestLog, record_of
 from edge.response_schema import AnyObject
+from edge.route_tables import probes
 from edge.routes import operations
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
 
 
-def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
-    """The routes, with the workers' channels open while the application runs."""
+@dataclass(frozen=True)
+class Apps:
+    """What is served where."""
+
+    public: Starlette
+    # The probes alone, if they have a port of their own. Serve it only while `public` is.
+    admin: Starlette | None
+
+
+def create_apps(settings: EdgeSettings, drain: Drain, gate: Gate) -> Apps:
+    """The routes, with the workers' channels open while the public application runs."""
     workers = WorkerPool(settings)
 
     @contextlib.asynccontextmanager
@@ -37,12 +50,29 @@ def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
         finally:
             await workers.close()
 
-    table = operations(workers, drain, settings)
-    table.append(_document_operation(table))
+    table = operations(workers, drain, settings, gate)
+    asked = probes.operations(InfoEndpoints(workers, drain))
+    has_admin = settings.admin_port is not None
+    if not has_admin:
+        table += asked
+    table.append(_document_operation(table, gate))
     pages = playground.routes() if settings.playground else []
+    public = _app(
+        [*(_route(entry, gate) for entry in table), *pages], _middleware(settings), lifespan
+    )
+    if not has_admin:
+        return Apps(public, None)
+    return Apps(public, _app([_route(entry, None) for entry in asked], [Middleware(RequestLog)]))
+
+
+def _app(
+    routes: list[BaseRoute],
+    middleware: list[Middleware],
+    lifespan: Lifespan[Starlette] | None = None,
+) -> Starlette:
     app = Starlette(
-        routes=[*(_route(entry) for entry in table), *pages],
-        middleware=_middleware(settings),
+        routes=routes,
+        middleware=middleware,
         exception_handlers={EdgeError: _edge_error, HTTPException: _http_exception},
         lifespan=lifespan,
     )
@@ -50,21 +80,24 @@ def create_app(settings: EdgeSettings, drain: Drain) -> Starlette:
     return app
 
 
-def _route(operation: Operation) -> Route:
-    route = Route(operation.path, operation.endpoint, methods=[operation.method])
+def _route(operation: Operation, gate: Gate | None) -> Route:
+    gated = []
+    if gate is not None and not operation.is_open:
+        gated = [Middleware(Gated, gate, operation.refuse)]
+    route = Route(operation.path, operation.endpoint, methods=[operation.method], middleware=gated)
     if operation.events and route.methods is not None:
         route.methods.discard("HEAD")  # which Starlette adds; nobody would read what it generates
     return route
 
 
-def _document_operation(table: list[Operation]) -> Operation:
+def _document_operation(table: list[Operation], gate: Gate) -> Operation:
     described: dict[str, object] = {}
 
     async def openapi(request: Request) -> Response:  # noqa: ARG001
         return json_response(described)
 
     operation = Operation("GET", "/openapi.json", openapi, "This document.", AnyObject, ())
-    described.update(document([*table, operation]))
+    described.update(document([*table, operation], needs_key=gate.has_keys))
     return operation
 
 

@@ -64,6 +64,8 @@ def _help(name: str, field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     value, unit = field.default, _unit(field)
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float) and unit not in _NO_COUNT:

@@ -145,6 +145,26 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
     return EdgeError(400, "invalid_request_error", message, code, param)
 
 
+def unauthenticated(message: str, is_given: bool = False) -> EdgeError:
+    """A 401: no API key, or with `is_given` one that is not known.
+
+    SDKs raise their authentication error for it; a 403 would say that somebody is known and may not.
+    """
+    error = _from_row(STATUS_TABLE[grpc.StatusCode.UNAUTHENTICATED], message, None, None)
+    error.code = "invalid_api_key" if is_given else None
+    # RFC 6750, section 3
+    challenge = 'Bearer realm="sluice"' + (', error="invalid_token"' if is_given else "")
+    error.headers["www-authenticate"] = challenge
+    return error
+
+
+def permission_denied(message: str, code: str) -> EdgeError:
+    """A 403 for somebody who is known."""
+    error = _from_row(STATUS_TABLE[grpc.StatusCode.PERMISSION_DENIED], message, None, None)
+    error.code = code
+    return error
+
+
 def unavailable(message: str) -> EdgeError:
     """A 503 that the edge itself finds."""
     return _from_row(STATUS_TABLE[grpc.StatusCode.UNAVAILABLE], message, None, RETRY_MIN_MS)

@@ -13,6 +13,7 @@ from edge.drain import Drain
 from edge.error_response import Refuse
 from edge.errors import ClientGoneError, EdgeError
 from edge.event_stream import EventStream, StreamTiming
+from edge.gate import caller_of
 from edge.generation import Generation
 from edge.request_log import RequestRecord, record_of
 from edge.settings import EdgeSettings
@@ -52,6 +53,10 @@ class GenerateEndpoint:
                 if parsed is None:
                     await Response(status_code=204)(scope, receive, send)
                     return
+                caller = caller_of(scope)
+                if caller is not None:
+                    for message in parsed.requests:
+                        message.caller.CopyFrom(caller)
                 generation = Generation(parsed.requests, parsed.field_name)
                 with self._drain.running(generation), _watched(receive, generation):
                     await self._generate(parsed, generation, scope, receive, send)

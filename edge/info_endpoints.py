@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from edge.drain import Drain
 from edge.errors import EdgeError, invalid_request
+from edge.gate import caller_of
 from edge.json_codec import encode
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -53,7 +54,7 @@ class InfoEndpoints:
         request_id = request.path_params["request_id"]
         if not _REQUEST_ID.fullmatch(request_id):
             raise invalid_request("Not a request id.", "request_id")
-        outcome = await self._workers.abort(request_id)
+        outcome = await self._workers.abort(request_id, caller_of(request.scope))
         if outcome == pb.ABORT_OUTCOME_ABORTED:
             return json_response({"request_id": request_id, "outcome": "aborted"})
         if outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from edge.gate import QUERY_PARAMETER
 from edge.operation import Operation
 from edge.response_schema import Error
 from edge.version import version_of_sluice
@@ -42,18 +43,34 @@ _LAST_EVENT_ID_PARAMETER = {
     "description": "Sent by an EventSource that reconnects.",
     "schema": {"type": "string"},
 }
+_IN_QUERY = "query"
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    _IN_QUERY: {
+        "type": "apiKey",
+        "in": "query",
+        "name": QUERY_PARAMETER,
+        "description": "A token of POST /v1/tokens.",
+    },
+}
 _REASONS = {
     499: "The generation was aborted from elsewhere",
     529: "Overloaded, as Anthropic says it",
 }
 
 
-def document(operations: Sequence[Operation]) -> dict[str, Any]:
+def document(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, Any]:
     """The whole document."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         path = _PATH_PARAMETER.sub(r"{\1}", operation.path)
-        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation)
+        described = _operation(operation)
+        if needs_key and not operation.is_open:
+            described["security"] = [
+                {name: []} for name in _SECURITY if name != _IN_QUERY or operation.method == "GET"
+            ]
+        paths.setdefault(path, {})[operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {
@@ -62,7 +79,10 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
             "description": "Streams a language model's tokens as server-sent events.",
         },
         "paths": paths,
-        "components": {"schemas": _schemas(operations)},
+        "components": {
+            "schemas": _schemas(operations),
+            **({"securitySchemes": _SECURITY} if needs_key else {}),
+        },
     }
 
 
@@ -151,7 +171,8 @@ def _responses(operation: Operation) -> dict[str, Any]:
         responses[str(status)] = {"description": description, "headers": _ID_HEADERS}
         if operation.answer is not None:
             responses[str(status)]["content"] = content
-    for status in sorted({*operation.errors, 429, 500}):
+    refusals = set() if operation.is_open else {401, 403}
+    for status in sorted({*operation.errors, *refusals, 429, 500}):
         responses[str(status)] = {
             "description": _REASONS.get(status) or HTTPStatus(status).phrase,
             "headers": _ID_HEADERS | (_RETRY_HEADERS if status in (429, 503, 529) else {}),

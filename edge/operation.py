@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from edge import response_schema as shape
 from edge.dialects.dialect import ParsedRequest, PromptLimits
-from edge.error_response import Refuse
+from edge.error_response import Refuse, error_response
 from edge.generate_endpoint import GenerateEndpoint, Parse
 
 # Every status that a generation may be refused with before its 200.
@@ -47,3 +47,7 @@ class Operation:
     last_event: str = "Ends with `data: [DONE]`."
     # The body of every failure.
     error: type[BaseModel] = shape.Error
+    # Answers who brings no API key where one is needed, in the dialect's form.
+    refuse: Refuse = error_response
+    # Whether it never needs one.
+    is_open: bool = False

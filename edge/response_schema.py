@@ -291,6 +291,14 @@ class Aborted(ResponseModel):
     outcome: Literal["aborted", "already_finished"]
 
 
+class AccessToken(ResponseModel):
+    """A token that stands for an API key."""
+
+    access_token: str
+    token_type: Literal["Bearer"]
+    expires_in: int = Field(description="Seconds.")
+
+
 class Health(ResponseModel):
     """The process runs."""
 

@@ -25,6 +25,7 @@ from edge.dialects.tgi_endpoints import TgiEndpoints
 from edge.dialects.triton_endpoints import TritonEndpoints
 from edge.drain import Drain
 from edge.error_response import Refuse, error_response
+from edge.gate import QUERY_PARAMETER, Gate
 from edge.generate_endpoint import GenerateEndpoint, Parse
 from edge.info_endpoints import InfoEndpoints
 from edge.operation import GENERATE_ERRORS, Generate, Operation
@@ -34,8 +35,10 @@ from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
 
 
-def operations(workers: WorkerPool, drain: Drain, settings: EdgeSettings) -> list[Operation]:
-    """All of them but the document's own."""
+def operations(
+    workers: WorkerPool, drain: Drain, settings: EdgeSettings, gate: Gate
+) -> list[Operation]:
+    """All of them but the document's own and the probes'."""
     info = InfoEndpoints(workers, drain)
 
     def generate(parse: Parse, refuse: Refuse = error_response) -> GenerateEndpoint:
@@ -83,15 +86,14 @@ def operations(workers: WorkerPool, drain: Drain, settings: EdgeSettings) -> lis
         *_anthropic_operations(generate, anthropic.CountTokens(workers, PromptLimits.of(settings))),
         *tgi.operations(generate, TgiEndpoints(workers, PromptLimits.of(settings))),
         *triton.operations(generate, TritonEndpoints(workers, drain)),
-        Operation("GET", "/health", info.health, "Whether the edge is alive.", shape.Health, ()),
         Operation(
-            "GET",
-            "/ready",
-            info.ready,
-            "Whether a worker serves and the edge is not stopping.",
-            shape.Readiness,
-            (),
-            other_answers={503: "Not ready; the body says why."},
+            "POST",
+            "/v1/tokens",
+            gate.token,
+            "Gives a short-lived token in place of the API key, for a GET's access_token parameter"
+            " where no header can be set.",
+            shape.AccessToken,
+            (404,),
         ),
     ]
 
@@ -192,6 +194,7 @@ def _anthropic_operations(
             body=anthropic_schema.AnthropicRequest,
             events=events,
             error=anthropic_schema.AnthropicError,
+            refuse=anthropic.refuse,
         ),
         Operation(
             "POST",
@@ -202,12 +205,14 @@ def _anthropic_operations(
             (400, 404, 408, 413, 415, 429, 431, 500, 503, 504),
             body=anthropic_schema.AnthropicFields,
             error=anthropic_schema.AnthropicError,
+            refuse=anthropic.refuse,
         ),
     ]
 
 
 async def _from_query(request: Request, limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
-    return native.parse_query(request.query_params.multi_items())
+    parameters = request.query_params.multi_items()
+    return native.parse_query([pair for pair in parameters if pair[0] != QUERY_PARAMETER])
 
 
 def _resumable(parse: Parse) -> Parse:

@@ -2,17 +2,22 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 import uvicorn
+from starlette.applications import Starlette
 
-from edge.app import create_app
+from edge.app import create_apps
 from edge.drain import Drain
+from edge.gate import Gate
 from edge.protocol import StreamProtocol
 from edge.settings import EdgeSettings
 
@@ -39,10 +44,42 @@ def allow_connections(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def listen(settings: EdgeSettings) -> socket.socket:
-    """A listening socket whose options each connection inherits. Raises OSError when the port is taken."""
+class AddressUnusable(Exception):
+    """The edge cannot listen where it is told to."""
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Where connections come from."""
+
+    public: socket.socket
+    admin: socket.socket | None
+
+
+def listen(settings: EdgeSettings) -> Listeners:
+    """Takes all addresses. Raises AddressUnusable."""
+    public = _listen(settings.host, settings.port, settings)
+    if settings.admin_port is None:
+        return Listeners(public, None)
+    try:
+        return Listeners(public, _listen(settings.admin_host, settings.admin_port, settings))
+    except AddressUnusable:
+        public.close()
+        raise
+
+
+def _listen(host: str, port: int, settings: EdgeSettings) -> socket.socket:
+    try:
+        return _listener(host, port, settings)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise AddressUnusable(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+def _listener(host: str, port: int, settings: EdgeSettings) -> socket.socket:
+    """A listening socket whose options each connection inherits."""
     family, _, _, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -74,6 +111,10 @@ def _notice_vanished_peers(listener: socket.socket, send_timeout_seconds: float)
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process by the signal instead of with 0."""
 
+    def __init__(self, config: uvicorn.Config, name: str) -> None:
+        super().__init__(config)
+        self._name = name
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -88,11 +129,14 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
-            _log.info("edge listening", host=host, port=port)
+            _log.info(self._name, host=host, port=port)
 
 
-async def serve(settings: EdgeSettings, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once."""
+async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+
+    SIGHUP reads the API keys again, where there are any.
+    """
     drain = Drain()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -107,29 +151,59 @@ async def serve(settings: EdgeSettings, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
 
-    server = _Server(_config(settings, drain))
-    serving = asyncio.create_task(server.serve([listener]), name="uvicorn")
+    if gate.has_keys:
+        loop.add_signal_handler(signal.SIGHUP, gate.reload)
+    elif not _is_loopback(listeners.public):
+        _log.warning("edge open to everybody: no API keys are set", host=settings.host)
+
+    apps = create_apps(settings, drain, gate)
+    server = _Server(_config(settings, apps.public), "edge listening")
+    serving = asyncio.create_task(server.serve([listeners.public]), name="uvicorn")
     stopped = asyncio.create_task(stopping.wait(), name="stop signal")
-    await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
-        ended = await drain.run(settings.unready_seconds, settings.drain_seconds)
-        server.abort_running()
+    async with _served_beside(settings, apps.admin, listeners.admin):
+        await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            ended = await drain.run(settings.unready_seconds, settings.drain_seconds)
+            server.abort_running()
+            server.should_exit = True
+            _log.info("edge drained", ended_early=ended)
+        stopped.cancel()
+        await serving
+
+
+@contextlib.asynccontextmanager
+async def _served_beside(
+    settings: EdgeSettings, app: Starlette | None, listener: socket.socket | None
+) -> AsyncIterator[None]:
+    """Answers probes on their own port until the block ends, through the whole drain."""
+    if app is None or listener is None:
+        yield
+        return
+    server = _Server(_config(settings, app, lifespan="off"), "edge admin listening")
+    serving = asyncio.create_task(server.serve([listener]), name="uvicorn admin")
+    try:
+        yield
+    finally:
         server.should_exit = True
-        _log.info("edge drained", ended_early=ended)
-    stopped.cancel()
-    await serving
+        await serving
 
 
-def _config(settings: EdgeSettings, drain: Drain) -> uvicorn.Config:
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _config(
+    settings: EdgeSettings, app: Starlette, lifespan: Literal["on", "off"] = "on"
+) -> uvicorn.Config:
     class Protocol(StreamProtocol):
         read_timeout_seconds = settings.read_timeout_seconds
         max_connections = settings.max_connections
 
     return uvicorn.Config(
-        create_app(settings, drain),
+        app,
         http=Protocol,
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,

@@ -33,7 +33,7 @@ class EdgeSettings(BaseSettings):
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address to listen on. There is no authentication: only trusted callers should reach it.",
+        description="Address to listen on. Without API keys only trusted callers should reach it.",
         json_schema_extra=unit("address"),
     )
     port: int = Field(
@@ -64,6 +64,43 @@ class EdgeSettings(BaseSettings):
         description="How often a request goes to another worker after one that was lost; 0 turns"
         " failover off.",
         json_schema_extra=unit("times"),
+    )
+    admin_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address of --admin-port.",
+        json_schema_extra=unit("address"),
+    )
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port for /health and /ready, which are then nowhere else; 0 picks a free one."
+        " Unset: they are on --port.",
+        json_schema_extra=unit("port"),
+    )
+    api_keys_file: str = Field(
+        "",
+        description="File of API keys, one a line as `python -m edge.keys` prints them; SIGHUP reads it again.",
+        json_schema_extra=unit("path"),
+    )
+    api_keys: str = Field(
+        "",
+        description="More such lines, separated by semicolons. With neither, everybody may call.",
+        json_schema_extra=unit("lines"),
+    )
+    token_secret_file: str = Field(
+        "",
+        description="File of at least 32 random bytes that signs the tokens of /v1/tokens, the same for all edges."
+        " Unset: a random secret, so that an edge takes only its own tokens.",
+        json_schema_extra=unit("path"),
+    )
+    token_seconds: int = Field(
+        300,
+        ge=1,
+        le=86400,
+        description="How long a token of /v1/tokens may begin requests.",
+        json_schema_extra=unit("seconds"),
     )
     cors_origins: str = Field(
         "",

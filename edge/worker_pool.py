@@ -119,14 +119,19 @@ class WorkerPool:
         """Returns at the next change of any worker's health or of their number."""
         await self._news.wait()
 
-    async def abort(self, request_id: str) -> pb.AbortOutcome.ValueType:
-        """Ends a generation that came over any connection, on whichever worker has it. All are asked at once."""
+    async def abort(
+        self, request_id: str, caller: pb.Caller | None = None
+    ) -> pb.AbortOutcome.ValueType:
+        """Ends a generation that came over any connection, on whichever worker has it; with a caller, one of theirs.
+
+        All workers are asked at once.
+        """
         clients = [client for client in self._all() if client.is_reachable]
         if not clients:
             await self.serving()  # waits for the first, or says why there is none
             clients = [client for client in self._all() if client.is_reachable]
         answers = await asyncio.gather(
-            *(client.abort(request_id) for client in clients), return_exceptions=True
+            *(client.abort(request_id, caller) for client in clients), return_exceptions=True
         )
         for outcome in _ABORT_OUTCOMES[:-1]:
             if outcome in answers:

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from edge.errors import EdgeError, invalid_request
+from edge.gate import caller_of
 from edge.info_endpoints import json_response
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -24,7 +25,7 @@ class ResponsesEndpoints:
         response_id = request.path_params["response_id"]
         outcome = pb.ABORT_OUTCOME_UNKNOWN
         if _RESPONSE_ID.fullmatch(response_id):
-            outcome = await self._workers.abort(response_id)
+            outcome = await self._workers.abort(response_id, caller_of(request.scope))
         if outcome == pb.ABORT_OUTCOME_ABORTED:
             return json_response({"id": response_id, "object": "response", "status": "cancelled"})
         if outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED:

@@ -65,6 +65,8 @@ def refuse(error: EdgeError, request_id: str = "") -> Response:  # noqa: ARG001
     kind = "generation" if error.status >= 500 or error.status == 499 else "validation"
     if error.status == 429:
         kind = "overloaded"  # which huggingface_hub turns into its OverloadedError
+    elif error.status in (401, 403):
+        kind = "authentication"  # which it leaves as the HTTP error that it is
     return Response(
         _error(error, kind),
         status_code=error.status,

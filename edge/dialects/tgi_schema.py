@@ -131,7 +131,9 @@ class TgiError(ResponseModel):
     """Every failure on TGI's routes; also the data of an error event."""
 
     error: str
-    error_type: Literal["overloaded", "validation", "generation", "incomplete_generation"]
+    error_type: Literal[
+        "overloaded", "validation", "generation", "incomplete_generation", "authentication"
+    ]
 
 
 class TgiPrefillToken(ResponseModel):

@@ -28,6 +28,7 @@ def operations(generate: Generate, info: TgiEndpoints) -> list[Operation]:
             body=body,
             last_event="The last one has the whole text.",
             error=tgi_schema.TgiError,
+            refuse=tgi.refuse,
             **more,
         )
 
@@ -63,6 +64,7 @@ def operations(generate: Generate, info: TgiEndpoints) -> list[Operation]:
             tgi_schema.TgiInfo,
             (500, 503, 504),
             error=tgi_schema.TgiError,
+            refuse=tgi.refuse,
         ),
         Operation(
             "POST",
@@ -73,5 +75,6 @@ def operations(generate: Generate, info: TgiEndpoints) -> list[Operation]:
             (400, 408, 413, 415, 429, 431, 500, 503, 504),
             body=tgi_schema.TgiTokenizeRequest,
             error=tgi_schema.TgiError,
+            refuse=tgi.refuse,
         ),
     ]

@@ -25,6 +25,7 @@ def operations(generate: Generate, info: TritonEndpoints) -> list[Operation]:
                 answer,
                 more.pop("errors", errors),
                 error=shape.TritonError,
+                refuse=triton.refuse,
                 last_event="The end of the body is its end.",
                 **more,
             )
@@ -63,7 +64,9 @@ def operations(generate: Generate, info: TritonEndpoints) -> list[Operation]:
         add("GET", base, info.model, "What the model takes and gives.", shape.TritonModel)
     add("GET", "/v2", info.server, "What answers here.", shape.TritonServer, errors=())
     live = "Whether the edge is alive."
-    add("GET", "/v2/health/live", info.live, live, shape.TritonLive, errors=())
+    add("GET", "/v2/health/live", info.live, live, shape.TritonLive, errors=(), is_open=True)
     ready = "Whether a worker is serving."
-    add("GET", "/v2/health/ready", info.ready, ready, shape.TritonReady, errors=health)
+    add(
+        "GET", "/v2/health/ready", info.ready, ready, shape.TritonReady, errors=health, is_open=True
+    )
     return table

@@ -264,6 +264,7 @@ $("open-settings").addEventListener("click", () => openSettings($("settings").hi
 $("close-settings").addEventListener("click", () => openSettings(false));
 settings.addEventListener("submit", (event) => event.preventDefault());
 settings.addEventListener("input", () => saveSettings(readSettings()));
+settings.elements.key.addEventListener("change", lookAtServer);
 settings.addEventListener("reset", () => setTimeout(() => { markRefused(null); saveSettings(readSettings()); }));
 for (const choice of document.querySelectorAll("input[name=view]")) {
   choice.addEventListener("change", () => {

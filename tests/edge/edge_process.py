@@ -20,6 +20,8 @@ class EdgeProcess:
         self._news = asyncio.Event()
         self._reader = asyncio.create_task(self._read())
         self.port = 0
+        # of the probes, if they have one
+        self.admin_port = 0
 
     @property
     def url(self) -> str:
@@ -75,6 +77,9 @@ async def running_edge(worker: str, **settings: object) -> AsyncIterator[EdgePro
     try:
         line = await edge.line(lambda line: line["event"] == "edge listening")
         edge.port = line["port"]
+        if "admin_port" in settings:
+            line = await edge.line(lambda line: line["event"] == "edge admin listening")
+            edge.admin_port = line["port"]
         yield edge
     finally:
         if process.returncode is None:

@@ -164,6 +164,7 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         self.script: Script = hello
         self.calls: list[ScriptedCall] = []
         self.aborted: list[str] = []
+        self.aborted_for: list[str | None] = []
         self.abort_outcome = pb.ABORT_OUTCOME_ABORTED
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
@@ -181,6 +182,7 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
         self.aborted.append(request.request_id)
+        self.aborted_for.append(request.key_id if request.HasField("key_id") else None)
         return pb.AbortResponse(outcome=self.abort_outcome)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802

@@ -8,11 +8,13 @@ import jsonschema
 import pytest
 import pytest_asyncio
 from openapi_spec_validator import validate
+from starlette.applications import Starlette
 from starlette.routing import Route
 
-from edge.app import create_app
+from edge.app import create_apps
 from edge.drain import Drain
 from edge.errors import FINISH_TABLE, STATUS_TABLE
+from edge.gate import Gate
 from edge.settings import EdgeSettings
 from tests.edge.scripted_worker import ScriptedWorker
 from tests.edge.sse import openai_chunks, parse
@@ -45,8 +47,12 @@ async def test_it_is_valid(document: dict[str, Any]) -> None:
     validate(document)
 
 
+def made(settings: EdgeSettings) -> Starlette:
+    return create_apps(settings, Drain(), Gate(settings)).public
+
+
 async def test_every_route_is_in_it(document: dict[str, Any]) -> None:
-    app = create_app(EdgeSettings(playground=False), Drain())
+    app = made(EdgeSettings(playground=False))
     served = {
         (method, re.sub(r":\w+}", "}", route.path))
         for route in app.routes
@@ -55,7 +61,7 @@ async def test_every_route_is_in_it(document: dict[str, Any]) -> None:
     }
     assert len(served) == len(app.routes)
     assert {(method, path) for method, path, _ in operations(document)} == served
-    whole = create_app(EdgeSettings(), Drain())
+    whole = made(EdgeSettings())
     pages = [getattr(route, "path", "") for route in whole.routes[len(app.routes) :]]
     assert pages == ["/", "/static"]
     ids = [operation["operationId"] for _, _, operation in operations(document)]

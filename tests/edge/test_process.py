@@ -49,7 +49,8 @@ def test_help_lists_every_setting_with_default_unit_and_variable() -> None:
         assert entry[3] == ENV_PREFIX + name.upper()
         counts = field.annotation in (int, float) and name != "port"
         unit = f" {entry[1].lower()}" if counts else ""
-        default = str(field.default).lower() if field.annotation is bool else field.default
+        is_word = field.annotation is bool or field.default is None
+        default = str(field.default).lower() if is_word else field.default
         assert entry[2] == (f"{default}{unit}" or "none")
 
 

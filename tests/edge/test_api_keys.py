@@ -1,0 +1,432 @@
+"""API keys: who comes in, what the worker is told of them, and how each dialect refuses the others."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.access_tokens import TOKEN_PREFIX, AccessTokens
+from edge.api_keys import ApiKey, ApiKeys, BadKeys, digest_of, line_of, parse_keys, read_keys
+from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.raw_http import RawClient, request_bytes
+from tests.edge.scripted_worker import ScriptedWorker
+
+ALICE, BOB, CAROL = "sluice_alices-key", "sluice_bobs-key", "sluice_carols-key"
+KEYS = [
+    ApiKey("alice", (digest_of(ALICE),), 2.0, 8, 100_000),
+    ApiKey("bob", (digest_of(BOB),)),
+    ApiKey("carol", (digest_of(CAROL),), is_disabled=True),
+]
+LINES = "\n".join(["# who may call", "", *map(line_of, KEYS)])
+SECRET = b"a secret that is longer than 32 bytes"
+
+HI = [{"role": "user", "content": "hi"}]
+CHAT = {"messages": HI}
+# Each dialect's route, a body, and what its refusal looks like but for the message and id.
+OPENAI_BODY = {"error": {"type": "authentication_error", "param": None, "code": None}}
+ANTHROPIC_BODY = {"type": "error", "error": {"type": "authentication_error"}}
+DIALECTS: list[tuple[str, str, dict[str, Any] | None, dict[str, Any]]] = [
+    ("POST", "/v1/chat/completions", CHAT, OPENAI_BODY),
+    ("POST", "/v1/completions", {"prompt": "hi"}, OPENAI_BODY),
+    ("POST", "/v1/responses", {"input": "hi"}, OPENAI_BODY),
+    ("POST", "/v1/responses/resp_0/cancel", None, OPENAI_BODY),
+    ("POST", "/v1/streams", {"prompt": "hi"}, OPENAI_BODY),
+    ("GET", "/v1/streams?prompt=hi", None, OPENAI_BODY),
+    ("DELETE", "/v1/streams/stream-1", None, OPENAI_BODY),
+    ("GET", "/v1/models", None, OPENAI_BODY),
+    ("GET", "/v1/models/default", None, OPENAI_BODY),
+    ("POST", "/v1/tokens", None, OPENAI_BODY),
+    ("GET", "/openapi.json", None, OPENAI_BODY),
+    ("POST", "/v1/messages", CHAT | {"max_tokens": 4}, ANTHROPIC_BODY),
+    ("POST", "/v1/messages/count_tokens", CHAT, ANTHROPIC_BODY),
+    ("POST", "/generate", {"inputs": "hi"}, {"error_type": "authentication"}),
+    ("POST", "/generate_stream", {"inputs": "hi"}, {"error_type": "authentication"}),
+    ("POST", "/", {"inputs": "hi"}, {"error_type": "authentication"}),
+    ("GET", "/info", None, {"error_type": "authentication"}),
+    ("POST", "/tokenize", {"inputs": "hi"}, {"error_type": "authentication"}),
+    ("POST", "/v2/models/default/generate", {"text_input": "hi"}, {}),
+    ("POST", "/v2/models/default/generate_stream", {"text_input": "hi"}, {}),
+    ("POST", "/v2/models/default/infer", {"inputs": []}, {}),
+    ("GET", "/v2/models/default", None, {}),
+    ("GET", "/v2/models/default/ready", None, {}),
+    ("GET", "/v2", None, {}),
+]
+OPEN_PATHS = {"/health", "/ready", "/v2/health/live", "/v2/health/ready", "/", "/static/main.js"}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def without(body: Any, *names: str) -> Any:
+    """A body without these members, at any depth."""
+    if not isinstance(body, dict):
+        return body
+    return {name: without(value, *names) for name, value in body.items() if name not in names}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("keys")
+    (directory / "keys").write_text(LINES)
+    (directory / "secret").write_bytes(SECRET + b"\n")
+    return directory
+
+
+def settings_of(files: Path) -> dict[str, object]:
+    return {"api_keys_file": files / "keys", "token_secret_file": files / "secret"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def guarded_edge(
+    shared_worker: tuple[ScriptedWorker, str], files: Path
+) -> AsyncIterator[EdgeProcess]:
+    async with running_edge(shared_worker[1], **settings_of(files)) as edge:
+        yield edge
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def guarded(
+    guarded_edge: EdgeProcess, worker: ScriptedWorker
+) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(
+        base_url=guarded_edge.url, timeout=PATIENCE, trust_env=False
+    ) as http:
+        yield http
+
+
+@pytest.mark.parametrize(("method", "path", "body", "refusal"), DIALECTS)
+async def test_without_a_key_each_dialect_refuses_in_its_own_form(
+    guarded: httpx.AsyncClient,
+    worker: ScriptedWorker,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None,
+    refusal: dict[str, Any],
+) -> None:
+    answer = await guarded.request(method, path, json=body)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == 'Bearer realm="sluice"'
+    told = answer.json()
+    message = told["error"] if isinstance(told["error"], str) else told["error"]["message"]
+    assert message.startswith("Give an API key")
+    dropped = ("message", "request_id") if "error" in refusal else ("error",)
+    assert without(told, *dropped) == refusal
+    assert not worker.calls
+    assert not worker.aborted
+
+
+async def test_every_route_is_guarded_but_the_open_ones(guarded: httpx.AsyncClient) -> None:
+    document = (await guarded.get("/openapi.json", headers=bearer(ALICE))).json()
+    open_paths = set()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            answer = await guarded.request(method, path.replace("{", "").replace("}", ""))
+            if answer.status_code != 401:
+                open_paths.add(path)
+            needs = {"401", "403"} <= set(operation["responses"])
+            assert ("security" in operation) == needs == (answer.status_code == 401), path
+    assert open_paths == OPEN_PATHS - {"/", "/static/main.js"}
+    for path in OPEN_PATHS:
+        assert (await guarded.get(path)).status_code == 200
+
+
+async def test_a_wrong_key_is_a_401_and_a_disabled_one_a_403(
+    guarded: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    for key in ("wrong", ALICE[:-1], ALICE + "x", digest_of(ALICE).hex(), "Ω" * 9, ".."):
+        answer = await guarded.post(
+            "/v1/chat/completions",
+            json=CHAT,
+            headers={b"Authorization": f"Bearer {key}".encode()},
+        )
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert 'error="invalid_token"' in answer.headers["www-authenticate"]
+        assert key not in answer.text
+    answer = await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer(CAROL))
+    assert answer.status_code == 403
+    assert answer.json()["error"]["type"] == "permission_error"
+    assert worker.calls == []
+
+
+@pytest.mark.parametrize(
+    "headers", [bearer(ALICE), {"authorization": f"bearer  {ALICE}"}, {"x-api-key": ALICE}]
+)
+async def test_the_worker_is_told_for_whom_it_is(
+    guarded: httpx.AsyncClient, worker: ScriptedWorker, headers: dict[str, str]
+) -> None:
+    answer = await guarded.post("/v1/completions", json={"prompt": ["a", "b"]}, headers=headers)
+    assert answer.status_code == 200
+    assert [call.request.caller for call in worker.calls] == [KEYS[0].caller()] * 2
+    assert KEYS[0].caller().max_concurrent == 8
+    await guarded.delete("/v1/streams/stream-1", headers=headers)
+    response_id = "resp_" + "0" * 32
+    await guarded.post(f"/v1/responses/{response_id}/cancel", headers=headers)
+    assert worker.aborted_for == ["alice", "alice"]
+
+
+async def test_without_keys_nobody_is_named(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    answer = await http.post("/v1/chat/completions", json=CHAT, headers=bearer("anything"))
+    assert answer.status_code == 200
+    assert not worker.call.request.HasField("caller")
+    await http.delete("/v1/streams/stream-1")
+    assert worker.aborted_for == [None]
+    assert (await http.post("/v1/tokens")).status_code == 404
+
+
+async def test_a_token_opens_an_event_source(
+    guarded: httpx.AsyncClient, guarded_edge: EdgeProcess, worker: ScriptedWorker
+) -> None:
+    answer = await guarded.post("/v1/tokens", headers=bearer(ALICE))
+    assert answer.headers["cache-control"] == "no-store"
+    given = answer.json()
+    token = given["access_token"]
+    assert given == {"access_token": token, "token_type": "Bearer", "expires_in": 300}
+    stream = await guarded.get("/v1/streams", params={"prompt": "hi", "access_token": token})
+    assert stream.status_code == 200
+    assert "event: finished" in stream.text
+    assert worker.call.request.caller == KEYS[0].caller()
+    # a key in a query would stand in the logs of whatever is on the way
+    refused = await guarded.get("/v1/streams", params={"prompt": "hi", "access_token": ALICE})
+    assert refused.status_code == 401
+    refused = await guarded.post(
+        "/v1/streams", params={"access_token": token}, json={"prompt": "hi"}
+    )
+    assert refused.status_code == 401
+    assert (await guarded.get("/v1/models", headers=bearer(token))).status_code == 200
+    # nobody prolongs a token with a token
+    assert (await guarded.post("/v1/tokens", headers=bearer(token))).status_code == 401
+
+
+async def test_another_edge_takes_the_token(
+    guarded: httpx.AsyncClient, target: str, files: Path
+) -> None:
+    token = (await guarded.post("/v1/tokens", headers=bearer(BOB))).json()["access_token"]
+    async with (
+        running_edge(target, **settings_of(files)) as edge,
+        running_edge(target, api_keys_file=files / "keys") as stranger,
+    ):
+        for url, status in ((edge.url, 200), (stranger.url, 401)):
+            async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
+                answer = await http.get(f"{url}/v1/models", params={"access_token": token})
+            assert answer.status_code == status
+
+
+async def test_neither_keys_nor_tokens_are_logged(
+    guarded: httpx.AsyncClient, guarded_edge: EdgeProcess
+) -> None:
+    token = (await guarded.post("/v1/tokens", headers=bearer(ALICE))).json()["access_token"]
+    for index, (headers, query) in enumerate(
+        [
+            (bearer(ALICE), ""),
+            (bearer("sluice_unknown"), ""),
+            ({"x-api-key": BOB}, f"?access_token={token}"),
+            ({}, f"?access_token={token}"),
+            ({}, f"?access_token={token}x"),
+        ]
+    ):
+        headers["x-request-id"] = f"logged-{index}"
+        await guarded.get(f"/v1/models{query}", headers=headers)
+    lines = [await guarded_edge.request_line(f"logged-{index}") for index in range(5)]
+    assert [line.get("key") for line in lines] == ["alice", None, "bob", "alice", None]
+    log = json.dumps(guarded_edge.lines)
+    for secret in (ALICE, BOB, "sluice_unknown", token, TOKEN_PREFIX, digest_of(ALICE).hex()):
+        assert secret not in log
+
+
+async def test_a_refused_body_is_not_waited_for(guarded_edge: EdgeProcess) -> None:
+    head = request_bytes("/v1/completions", {"prompt": "hi"})
+    begin = head.replace(b"content-length: 16", b"content-length: 1000000")[:-4]
+    async with RawClient(guarded_edge.port) as client:
+        await client.send(begin)
+        assert (await client.read_until(b"authentication_error")).startswith(b"HTTP/1.1 401")
+
+
+async def test_hangup_reads_the_keys_again(target: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line_of(KEYS[0]))
+    async with running_edge(target, api_keys_file=path) as edge:
+
+        async def hang_up(event: str) -> dict[str, Any]:
+            since = len(edge.lines)
+            edge.process.send_signal(signal.SIGHUP)
+            return await edge.line(lambda line: line["event"] == event, since)
+
+        async def statuses() -> list[int]:
+            async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
+                return [
+                    (await http.get(f"{edge.url}/v1/models", headers=bearer(key))).status_code
+                    for key in (ALICE, BOB)
+                ]
+
+        assert await statuses() == [200, 401]
+        path.write_text(line_of(KEYS[1]))
+        assert (await hang_up("api keys reloaded"))["keys"] == 1
+        assert await statuses() == [401, 200]
+        for bad in ("nonsense", "", f"{line_of(KEYS[0])} {BOB}"):
+            path.write_text(bad)
+            line = await hang_up("api keys not reloaded")
+            assert line["level"] == "error"
+            assert BOB not in line["reason"]
+            assert await statuses() == [401, 200]
+        path.unlink()
+        await hang_up("api keys not reloaded")
+        assert await statuses() == [401, 200]
+
+
+async def test_keys_in_the_environment_and_a_warning_without_any(target: str) -> None:
+    lines = "; ".join(map(line_of, KEYS))
+    async with running_edge(target, api_keys=lines, host="0.0.0.0") as edge:
+        async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
+            answer = await http.get(f"{edge.url}/v1/models", headers=bearer(BOB))
+        assert answer.status_code == 200
+        assert not [line for line in edge.lines if line["level"] == "warning"]
+    async with running_edge(target, host="0.0.0.0") as edge:
+        await edge.line(lambda line: line["event"].startswith("edge open to everybody"))
+
+
+async def test_probes_have_a_port_of_their_own(target: str, files: Path) -> None:
+    async with (
+        running_edge(target, admin_port=0, **settings_of(files)) as edge,
+        httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http,
+    ):
+        admin = f"http://127.0.0.1:{edge.admin_port}"
+        for path in ("/health", "/ready"):
+            async with asyncio.timeout(PATIENCE):
+                while (await http.get(admin + path)).status_code != 200:
+                    await asyncio.sleep(0.05)
+            assert (await http.get(edge.url + path)).status_code == 404
+        for path in ("/v1/models", "/", "/static/main.js", "/openapi.json"):
+            assert (await http.get(admin + path)).status_code == 404
+        edge.process.terminate()
+        assert await edge.wait() == 0
+
+
+def test_keys_that_cannot_be_used_stop_the_start(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_")}
+    (tmp_path / "short").write_bytes(b"short")
+    for arguments, told in (
+        ([f"--api-keys-file={tmp_path}/missing"], "cannot read"),
+        ([f"--api-keys=alice: {ALICE}"], "line 1: needs sha256:"),
+        (
+            [f"--api-keys={line_of(KEYS[0])}", f"--token-secret-file={tmp_path}/short"],
+            "at least 32 bytes",
+        ),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "edge", "--port=0", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("edge: API keys: ")
+        assert told in done.stderr
+        assert ALICE not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_makes_keys_that_are_taken() -> None:
+    command = [sys.executable, "-m", "edge.keys"]
+    arguments = ["dave", "--weight=0.5", "--max-concurrent=3", "--tokens-per-minute=9000"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    secret, line = (text[6:] for text in done.stdout.splitlines())
+    assert secret not in line
+    assert len(secret) > 43
+    keys = ApiKeys(parse_keys(line))
+    found = keys.find(secret)
+    assert found is not None
+    assert (found.name, found.weight, found.max_concurrent, found.tokens_per_minute) == (
+        *("dave", 0.5, 3, 9000),
+    )
+    assert keys.find(secret[:-1]) is None
+    for wrong in (["a b"], ["a", "--weight=0"], ["a", "--weight=nan"], ["a", "--max-concurrent=0"]):
+        failed = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
+        assert failed.returncode == 2
+        assert failed.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("alice", "line 1: must begin with a name"),
+        (f"\nalice sha256:{'0' * 64}", "line 2: must begin with a name"),
+        (f"al/ice: sha256:{'0' * 64}", "must begin with a name"),
+        (f"alice: sha256:{'0' * 63}", "needs sha256:"),
+        (f"alice: sha256:{'0' * 64} weight=-1", "weight must be above 0"),
+        (f"alice: sha256:{'0' * 64} weight=inf", "weight must be above 0"),
+        (f"alice: sha256:{'0' * 64} weight=1 weight=2", "something is given twice"),
+        (f"alice: sha256:{'0' * 64} max_concurrent=1.5", "max_concurrent is not a number"),
+        (f"alice: sha256:{'0' * 64} disabled=no", "besides hashes"),
+        (f"alice: sha256:{'0' * 64} sluice_secret", "besides hashes"),
+        (f"alice: sha256:{'0' * 64} sluice_secret sluice_secret", "something is given twice"),
+    ],
+)
+def test_a_bad_line_is_told_by_its_number(text: str, told: str) -> None:
+    with pytest.raises(BadKeys, match=told) as refused:
+        parse_keys(text)
+    assert "sluice_secret" not in str(refused.value)
+
+
+def test_a_key_may_have_several_hashes_but_no_hash_two_keys() -> None:
+    old, new = digest_of("old"), digest_of("new")
+    keys = read_keys("", line_of(ApiKey("alice", (old, new))))
+    assert keys.find("old") == keys.find("new") == keys.named("alice")
+    for other in (ApiKey("bob", (new,)), ApiKey("alice", (digest_of("x"),))):
+        with pytest.raises(BadKeys):
+            read_keys("", f"{line_of(ApiKey('alice', (old, new)))};{line_of(other)}")
+
+
+def test_a_token_ends_with_its_time_its_key_and_every_change() -> None:
+    now = 1000.0
+    tokens = AccessTokens(SECRET, 60, lambda: now)
+    keys = ApiKeys(KEYS)
+    token = tokens.issue(KEYS[0], digest_of(ALICE))
+    assert tokens.find(token, keys) == KEYS[0]
+    assert AccessTokens(SECRET, 1, lambda: now).find(token, keys) == KEYS[0]
+    assert AccessTokens(b"x" * 32, 60, lambda: now).find(token, keys) is None
+    assert tokens.find(token, ApiKeys([ApiKey("alice", (digest_of("new"),))])) is None
+    assert tokens.find(token, ApiKeys(KEYS[1:])) is None
+    for index in range(len(TOKEN_PREFIX), len(token) - 1):  # the last character has bits to spare
+        changed = token[:index] + chr(ord(token[index]) ^ 1) + token[index + 1 :]
+        assert tokens.find(changed, keys) is None
+    now += 59
+    assert tokens.find(token, keys) == KEYS[0]
+    now += 1
+    assert tokens.find(token, keys) is None
+
+
+@given(st.text(max_size=80))
+def test_no_text_is_a_token_or_breaks_a_line(text: str) -> None:
+    tokens = AccessTokens(SECRET, 60)
+    assert tokens.find(text, ApiKeys(KEYS)) is None
+    assert tokens.find(TOKEN_PREFIX + text, ApiKeys(KEYS)) is None
+    for content in (text, f"alice: sha256:{'0' * 64} {text}"):
+        try:
+            keys = parse_keys(content)
+        except BadKeys:
+            continue
+        assert parse_keys("\n".join(map(line_of, keys))) == keys
+
+
+@given(st.lists(st.sampled_from([".", "YWxpY2U", "9" * 5000, "1", "²", "=", "A" * 43]), max_size=5))
+def test_almost_tokens_are_none(parts: list[str]) -> None:
+    tokens = AccessTokens(SECRET, 60)
+    assert tokens.find(TOKEN_PREFIX + "".join(parts), ApiKeys(KEYS)) is None
+    assert tokens.find(TOKEN_PREFIX + ".".join(parts), ApiKeys(KEYS)) is None
