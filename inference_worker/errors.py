@@ -108,6 +108,29 @@ class SlowReader(SluiceError):
         super().__init__(f"the stream was not read for {seconds:g} seconds")
 
 
+class StreamNotFound(SluiceError):
+    """A stream to resume that is unknown, expired or another key's: nobody learns which."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such stream, or its resume window has passed")
+        self.field = "resume.resume_id"
+
+
+class StreamGone(SluiceError):
+    """Messages to resume from that are no longer kept, though the stream is."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(f"only the messages from number {first} on are still kept")
+        self.field = "resume.after_sequence_number"
+
+
+class TakenOver(SluiceError):
+    """Another call resumed the stream that this one was reading."""
+
+    def __init__(self) -> None:
+        super().__init__("the stream was resumed elsewhere")
+
+
 class InternalError(SluiceError):
     """A bug, or a sequence whose numbers exploded. What happened is in the log, under the request's id."""
 
@@ -131,6 +154,9 @@ _TABLE: Final[dict[type[SluiceError], tuple[grpc.StatusCode, str]]] = {
     TokenBudgetFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUDGET_FULL"),
     Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     SlowReader: (grpc.StatusCode.ABORTED, "SLOW_READER"),
+    StreamNotFound: (grpc.StatusCode.NOT_FOUND, "STREAM_NOT_FOUND"),
+    StreamGone: (grpc.StatusCode.OUT_OF_RANGE, "STREAM_GONE"),
+    TakenOver: (grpc.StatusCode.ABORTED, "TAKEN_OVER"),
     InternalError: (grpc.StatusCode.INTERNAL, "INTERNAL"),
 }
 

@@ -22,11 +22,13 @@ from inference_worker.field_rules import (
     refuse_unsupported,
 )
 from inference_worker.grammar.source import GrammarSource, read_constraint
+from inference_worker.kept_streams import read_terms
 from inference_worker.prompt import check_fits, check_prompt
 from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_KEY_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MAX_STOP_SEQUENCES: Final = 16
 _MAX_STOP_SEQUENCE_CHARS: Final = 1024
 _MAX_STOP_TOKEN_IDS: Final = 64
@@ -120,6 +122,8 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     """
     refuse_unknown_fields(message, "")
     _refuse_later_features(message)
+    check_caller(message)
+    read_terms(message)  # what becomes of them is not the generation's to know
     if message.WhichOneof("source") is None:
         raise InvalidField("prompt", "is required")
     check_prompt(message.prompt, limits.chat_format)
@@ -184,15 +188,22 @@ def _read_constraint(
 
 
 def _refuse_later_features(message: pb.GenerateRequest) -> None:
+    refuse_unsupported("", priority=message.HasField("priority"))
     refuse_unsupported(
-        "",
-        resume=message.HasField("resume"),
-        priority=message.HasField("priority"),
-        resume_window=message.HasField("resume_window"),
-        resume_tag=message.HasField("resume_tag"),
-        annotation=message.HasField("annotation"),
-        caller=message.HasField("caller"),
+        "caller",
+        weight=message.caller.HasField("weight"),
+        max_concurrent=message.caller.HasField("max_concurrent"),
+        tokens_per_minute=message.caller.HasField("tokens_per_minute"),
     )
+
+
+def check_caller(message: pb.GenerateRequest) -> None:
+    """Check who asks. Raises: InvalidField, UnsupportedField."""
+    if not message.HasField("caller"):
+        return
+    refuse_unknown_fields(message.caller, "caller")
+    if not _KEY_ID.fullmatch(message.caller.key_id):
+        raise InvalidField("caller.key_id", "must be 1 to 64 characters of [A-Za-z0-9._:-]")
 
 
 def _read_request_id(message: pb.GenerateRequest) -> str:

@@ -82,6 +82,11 @@ class Registry:
             return pb.ABORT_OUTCOME_ALREADY_FINISHED
         return pb.ABORT_OUTCOME_UNKNOWN
 
+    def end(self, request_id: str, reason: FinishReason) -> None:
+        """End a request, if it is inside."""
+        if (request := self._inside.get(request_id)) is not None:
+            request.end(reason)
+
     def end_all(self, reason: FinishReason) -> None:
         """End every request."""
         for request in list(self._inside.values()):

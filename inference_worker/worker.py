@@ -19,10 +19,12 @@ from inference_worker.errors import (
     status_of,
 )
 from inference_worker.field_rules import refuse_unknown_fields, refuse_unsupported
-from inference_worker.generate_request import Limits, read_request
+from inference_worker.generate_request import Limits, check_caller, read_request
 from inference_worker.generate_response import sampling_message
 from inference_worker.generation import Backend, Generation
 from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler
+from inference_worker.kept_stream import KeptStream
+from inference_worker.kept_streams import KeptStreams, ReplayLimits, read_terms
 from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
@@ -58,6 +60,15 @@ class Worker:
                 settings.grammar_seconds, settings.grammar_cache, settings.grammar_token_ms / 1e3
             ),
         )
+        self._kept = KeptStreams(
+            ReplayLimits(
+                settings.max_resume_seconds,
+                settings.replay_messages,
+                settings.replay_bytes,
+                settings.replay_streams,
+                settings.replay_total_bytes,
+            )
+        )
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(settings.max_running, settings.max_waiting, settings.max_waiting_tokens)
@@ -78,6 +89,11 @@ class Worker:
             heartbeat_seconds=settings.heartbeat_seconds,
         )
 
+    @property
+    def num_kept(self) -> tuple[int, int]:
+        """How many streams may be resumed, and the bytes that they take."""
+        return len(self._kept), self._kept.num_bytes
+
     def start(self) -> None:
         """Begin to run requests."""
         self._engine.start()
@@ -88,25 +104,75 @@ class Worker:
 
     async def drain(self, seconds: float) -> None:
         """Let the running generations finish; end those that take longer with SHUTDOWN."""
-        if await self._registry.wait_empty(seconds):
-            return
-        get_logger().warning("drain time is over", requests=len(self._registry))
-        self._registry.end_all(FinishReason.SHUTDOWN)
-        await self._registry.wait_empty(_SHUTDOWN_SECONDS)
+        if not await self._registry.wait_empty(seconds):
+            get_logger().warning("drain time is over", requests=len(self._registry))
+            self._registry.end_all(FinishReason.SHUTDOWN)
+            await self._registry.wait_empty(_SHUTDOWN_SECONDS)
+        await self._kept.wait_unread(_SHUTDOWN_SECONDS)
 
     async def close(self) -> None:
         """End the engine and release the model's memory."""
+        self._kept.close()
         self._prompts.close()
         self._grammars.close()
         await self._engine.stop()
 
-    async def generate(
+    def generate(
         self, message: pb.GenerateRequest, deadline: float | None = None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Generate; `deadline`, in time.monotonic's seconds, only tells the log why the caller went away.
+        """Generate, or go on with a stream that was begun; `deadline` is in time.monotonic's seconds.
 
-        Raises: SluiceError.
+        It ends a stream that outlives its call; else the call is the transport's to end, and it only tells the log why.
+        Raises, once iterated: SluiceError.
         """
+        if message.HasField("resume"):
+            return self._resume(message)
+        stream = None if self._admission.is_draining else self._keep(message)
+        if stream is None:
+            return self._generate(message, deadline)
+        stream.start(self._generate(message, deadline))
+        if deadline is not None:
+            stream.end_at(deadline, self._registry)
+        return stream.read()
+
+    def _keep(self, message: pb.GenerateRequest) -> KeptStream | None:
+        """A place for what the request generates, if it asks for one and there is one."""
+        try:
+            terms = read_terms(message)
+        except SluiceError:  # who reads the request will say so
+            return None
+        return None if terms is None else self._kept.open(terms)
+
+    async def _resume(
+        self, message: pb.GenerateRequest
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        request_id = None
+        status = "CANCELLED"  # the reader went away
+        try:
+            refuse_unknown_fields(message, "")
+            check_caller(message)
+            for field, _ in message.ListFields():
+                if field.name not in ("resume", "caller"):
+                    raise InvalidField(field.name, "not together with resume")
+            resume = message.resume
+            stream = self._kept.find(resume, message.caller.key_id)
+            request_id = stream.request_id
+            number = 0
+            if resume.HasField("after_sequence_number"):
+                number = resume.after_sequence_number + 1
+            async with aclosing(stream.resume(number, is_snapshot=resume.snapshot)) as messages:
+                async for response in messages:
+                    yield response
+            status = "OK"
+        except SluiceError as error:
+            status = status_of(error).code.name
+            raise
+        finally:
+            get_logger().info("resume", request_id=request_id, status=status)
+
+    async def _generate(
+        self, message: pb.GenerateRequest, deadline: float | None
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         record = RequestRecord(message, logs_prompts=self._settings.log_prompts)
         try:
             async with aclosing(self._admit_and_run(message, record)) as messages:

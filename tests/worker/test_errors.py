@@ -20,6 +20,9 @@ def all_errors() -> list[errors.SluiceError]:
         errors.TokenBudgetFull(1, 2, 3, 1.0),
         errors.Draining(),
         errors.SlowReader(60),
+        errors.StreamNotFound(),
+        errors.StreamGone(7),
+        errors.TakenOver(),
         errors.InternalError("r1"),
     ]
 

@@ -313,7 +313,7 @@ async def test_a_stalled_reader_that_goes_away_is_no_slow_reader(
         serve_script(**LONG_STREAMS, send_timeout_seconds=30) as worker,
         stalled_call(worker) as stalled,
     ):
-        await worker.wait_for(30, running=0, free_blocks=1024, requests=1)
+        await worker.wait_for(30, generated_tokens=8000, running=0, free_blocks=1024, requests=1)
         stalled.cancel()
         await worker.wait_idle()
     output = capsys.readouterr().out
@@ -327,7 +327,7 @@ async def test_a_stalled_reader_holds_no_slot_once_the_engine_is_done() -> None:
         serve_script(**settings, **LONG_STREAMS) as worker,
         stalled_call(worker, request_id="stalled") as stalled,
     ):
-        await worker.wait_for(30, running=0, free_blocks=1024, requests=1)
+        await worker.wait_for(30, generated_tokens=8000, running=0, free_blocks=1024, requests=1)
         assert reasons(await worker.generate()) == ["LENGTH"]  # the only slot is free
         response = await worker.stub.Abort(pb.AbortRequest(request_id="stalled"))
         assert response.outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED

@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import duration_pb2
 
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.served_worker import Refusal, generate_request, reasons, refusal_of, serve_script
@@ -133,12 +132,8 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 LATER: list[tuple[str, dict[str, Any]]] = [
-    ("resume", {"resume": pb.Resume(resume_id="r")}),
     ("priority", {"priority": 0}),
-    ("resume_window", {"resume_window": duration_pb2.Duration()}),
-    ("resume_tag", {"resume_tag": "t"}),
-    ("annotation", {"annotation": b"a"}),
-    ("caller", {"caller": pb.Caller(key_id="k")}),
+    ("caller.weight", {"caller": pb.Caller(key_id="k", weight=1)}),
 ]
 
 

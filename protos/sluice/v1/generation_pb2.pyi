@@ -223,7 +223,7 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def caller(self) -> Global___Caller:
-        """For whom it is, as the edge has authenticated them. Not supported yet: UNIMPLEMENTED."""
+        """For whom it is, as the edge has authenticated them. Its shares and limits are not supported yet: UNIMPLEMENTED."""
 
     def __init__(
         self,

@@ -1,0 +1,151 @@
+"""All streams that may be resumed, by their names and within the limits of what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+from inference_worker.errors import InvalidField, StreamNotFound
+from inference_worker.field_rules import check_count, refuse_unknown_fields
+from inference_worker.kept_stream import KeptStream, ResumeTerms
+from inference_worker.replay import MESSAGE_OVERHEAD, Replay
+from protos.sluice.v1 import generation_pb2 as pb
+
+_MAX_WINDOW_SECONDS: Final = 86_400
+_MAX_TAG_CHARS: Final = 256
+_MAX_ANNOTATION_BYTES: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayLimits:
+    """How much is kept."""
+
+    max_seconds: float  # after a stream's end, or without a reader
+    max_messages: int  # of one stream
+    max_bytes: int  # of one stream
+    max_streams: int
+    max_total_bytes: int
+
+
+class KeptStreams:
+    """Used from the event loop only.
+
+    Invariant: `num_bytes` is at most `max_total_bytes` and, of each stream, one message. Where that or the number of
+    streams is reached, streams that have ended go first, longest ended first; then a new stream is not kept, and one
+    that grows loses its oldest messages.
+    """
+
+    def __init__(self, limits: ReplayLimits) -> None:
+        self._limits = limits
+        self._streams: dict[str, KeptStream] = {}  # by resume id
+        self._tagged: dict[
+            tuple[str, str], KeptStream
+        ] = {}  # by key id and tag; the latest of each
+        self._ended: dict[KeptStream, None] = {}  # longest ended first
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, terms: ResumeTerms) -> KeptStream | None:
+        """Begin to keep a stream; None if there is no room for it."""
+        limits = self._limits
+        terms = replace(terms, window=min(terms.window, limits.max_seconds))
+        room = limits.max_bytes - len(terms.annotation)
+        if terms.window == 0 or room <= MESSAGE_OVERHEAD:
+            return None
+        while len(self._streams) >= limits.max_streams:
+            if not self._drop_ended():
+                return None
+        stream = KeptStream(terms, Replay(limits.max_messages, room, self._grow), self)
+        self._grow(len(terms.annotation))
+        self._streams[stream.resume_id] = stream
+        return stream
+
+    def find(self, resume: pb.Resume, key_id: str) -> KeptStream:
+        """The stream that a caller means. Raises: StreamNotFound, also if it is another key's; InvalidField."""
+        refuse_unknown_fields(resume, "resume")
+        if bool(resume.resume_id) == bool(resume.resume_tag):
+            raise InvalidField("resume.resume_id", "give either resume_id or resume_tag")
+        if resume.resume_tag:
+            stream = self._tagged.get((key_id, resume.resume_tag))
+        else:
+            stream = self._streams.get(resume.resume_id)
+        if stream is None or not stream.is_of(key_id):
+            raise StreamNotFound
+        return stream
+
+    async def wait_unread(self, seconds: float) -> None:
+        """Wait until the readers of streams that have ended have read all, but not longer than this."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for stream in list(self._ended):
+                    await stream.wait_unread()
+
+    def close(self) -> None:
+        """Keep nothing any longer."""
+        for stream in list(self._streams.values()):
+            stream.cancel()
+
+    def note_begin(self, stream: KeptStream) -> None:
+        """From now on its tag means it; a request that is refused takes no other's."""
+        if stream.terms.tag is not None:
+            self._tagged[stream.terms.key_id, stream.terms.tag] = stream
+
+    def has_room(self) -> bool:
+        """Whether there is room for a message more, once streams that have ended have made way."""
+        while self.num_bytes >= self._limits.max_total_bytes:
+            if not self._drop_ended():
+                return False
+        return True
+
+    def note_end(self, stream: KeptStream) -> None:
+        """It may go when there is no room for others."""
+        self._ended[stream] = None
+
+    def note_forgotten(self, stream: KeptStream) -> None:
+        """Its names mean nothing any longer."""
+        self._ended.pop(stream, None)
+        del self._streams[stream.resume_id]
+        tag = (stream.terms.key_id, stream.terms.tag or "")
+        if self._tagged.get(tag) is stream:
+            del self._tagged[tag]
+        stream.replay.clear()
+        self._grow(-len(stream.terms.annotation))
+
+    def _drop_ended(self) -> bool:
+        """Forget the stream that ended longest ago and that nobody reads."""
+        for stream in self._ended:
+            if not stream.is_read:
+                stream.cancel()
+                return True
+        return False
+
+    def _grow(self, size: int) -> None:
+        self.num_bytes += size
+
+
+def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
+    """What a request asks to be kept, or None if nothing. Raises: InvalidField."""
+    if not message.HasField("resume_window"):
+        for name in ("resume_tag", "annotation"):
+            if message.HasField(name):
+                raise InvalidField(name, "only with resume_window")
+        return None
+    window = message.resume_window
+    seconds = window.seconds + window.nanos / 1e9
+    if not 0 < seconds <= _MAX_WINDOW_SECONDS:
+        raise InvalidField(
+            "resume_window", f"must be above 0 to {_MAX_WINDOW_SECONDS} seconds, got {seconds:g}"
+        )
+    if message.HasField("resume_tag") and not 1 <= len(message.resume_tag) <= _MAX_TAG_CHARS:
+        raise InvalidField("resume_tag", f"must be 1 to {_MAX_TAG_CHARS} characters")
+    check_count("annotation", len(message.annotation), _MAX_ANNOTATION_BYTES, "bytes")
+    return ResumeTerms(
+        window=seconds,
+        key_id=message.caller.key_id,
+        tag=message.resume_tag if message.HasField("resume_tag") else None,
+        annotation=message.annotation,
+    )
