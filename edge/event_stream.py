@@ -87,9 +87,10 @@ class EventStream:
                 refusal = self._refuse(error, self._record.request_id)
                 await refusal(self._scope, self._receive, self._send)
                 return
-        await self._write(self._encoder.error(error), is_last=self._connection is None)
-        if self._connection is not None:
-            self._connection.cut()
+        connection = self._connection if self._encoder.is_cut_on_error else None
+        await self._write(self._encoder.error(error), is_last=connection is None)
+        if connection is not None:
+            connection.cut()
 
     async def _ping_forever(self, generation: Generation) -> None:
         try:

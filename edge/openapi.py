@@ -90,7 +90,8 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     answers: list[type[BaseModel]] = [Error]
     bodies: list[type[BaseModel]] = []
     for operation in operations:
-        answers += [operation.error, *operation.events.values()]
+        answers += operation.events.values()
+        answers += [operation.error] if operation.error else []
         answers += [operation.answer] if operation.answer else []
         bodies += [operation.body] if operation.body else []
     _, definitions = models_json_schema(
@@ -176,24 +177,32 @@ def _responses(operation: Operation) -> dict[str, Any]:
         responses[str(status)] = {
             "description": _REASONS.get(status) or HTTPStatus(status).phrase,
             "headers": _ID_HEADERS | (_RETRY_HEADERS if status in (429, 503, 529) else {}),
-            "content": {"application/json": {"schema": _ref(operation.error)}},
+            "content": _failure(operation),
         }
     return responses
 
 
+def _failure(operation: Operation) -> dict[str, Any]:
+    if operation.error is None:
+        return {"text/plain": {"schema": {"type": "string"}}}
+    return {"application/json": {"schema": _ref(operation.error)}}
+
+
 def _event_stream(operation: Operation) -> dict[str, Any]:
     events = operation.events
-    failure = events.get("error", operation.error)
+    # Where the message alone tells of a failure, its event is one of the stream's own.
+    failure = events.get("error") or operation.error or events[""]
     models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), failure]))
     names = ", ".join(f"`{name}`: {model.__name__}" for name, model in events.items() if name)
     ids = ", each with an id" if "finished" in events else ""
+    ending = "; the body then breaks off" if operation.error else ""
     told = f"Typed events{ids}: {names}." if names else operation.last_event
     return {
         "schema": {
             "type": "string",
             "description": f"Server-sent events; the schemas of their data are in x-event-data. {told}"
             " A silent stream gets `: ping` comments. A failure after the 200 is an event whose data"
-            f" is an {failure.__name__}; the body then breaks off.",
+            f" is an {failure.__name__}{ending}.",
         },
         "x-event-data": {"oneOf": [_ref(model) for model in models]},
     }

@@ -45,8 +45,8 @@ class Operation:
     other_content: dict[str, str] = field(default_factory=dict)
     # How a stream of events without names ends.
     last_event: str = "Ends with `data: [DONE]`."
-    # The body of every failure.
-    error: type[BaseModel] = shape.Error
+    # The body of every failure; None where it is the error's message as plain text.
+    error: type[BaseModel] | None = shape.Error
     # Answers who brings no API key where one is needed, in the dialect's form.
     refuse: Refuse = error_response
     # Whether it never needs one.

@@ -28,6 +28,8 @@ class StreamEncoder(ABC):
     headers: ClassVar[Headers] = stream_headers("text/event-stream; charset=utf-8")
     # What a silent stream sends now and then; empty where the format has nothing that means nothing.
     ping: ClassVar[bytes] = b": ping\n\n"
+    # Whether a failed stream breaks off behind its error. Unless every reader knows the error for one, it has to.
+    is_cut_on_error: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:
