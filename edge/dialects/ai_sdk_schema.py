@@ -74,7 +74,9 @@ class AiSdkSettings(AiSdkModel):
     frequency_penalty: Float | None = None
     stop_sequences: Items[str] | None = None
     seed: Int64 | None = None
-    tools: dict[str, AiSdkTool] | None = Field(None, description="By name.")
+    tools: Annotated[dict[str, AiSdkTool], Field(fail_fast=True)] | None = Field(
+        None, description="By name."
+    )
     tool_choice: Literal["auto", "none", "required"] | AiSdkNamedTool | None = None
     send_usage: bool | None = Field(
         None, description="Send token counts in the message's metadata, under usage."

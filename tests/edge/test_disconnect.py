@@ -22,6 +22,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "batch": ("/v1/completions", {"prompt": ["hi", "ho"], "stream": True}),
     "batch unstreamed": ("/v1/completions", {"prompt": ["hi", "ho"]}),
     "native": ("/v1/streams", {"prompt": "hi"}),
+    "AI SDK": ("/api/completion", {"prompt": "hi"}),
+    "AI SDK text": ("/api/text", {"prompt": "hi"}),
 }
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from edge.dialects import (
+    ai_sdk,
     native,
     openai_chat,
     openai_completions,
@@ -45,6 +46,10 @@ TEXT = {"name": "TEXT", "datatype": "BYTES", "shape": [MANY], "data": ["x"] * MA
 
 BODIES: list[tuple[Parse, dict[str, Any]]] = [
     (CHAT, {"messages": [{}] * MANY}),
+    (ai_sdk.parse_chat, {"messages": [{}] * MANY}),
+    (ai_sdk.parse_chat, {"messages": [{"role": "user", "parts": [{}] * MANY}]}),
+    (ai_sdk.parse_chat, {"messages": [{"role": "user", "parts": [FIELDS]}]}),
+    (ai_sdk.parse_text, {"prompt": "x", "tools": dict.fromkeys(FIELDS, 1)}),
     (CHAT, {"messages": [*HI, *[{"role": "user", "content": 1}] * MANY]}),
     (CHAT, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
     (CHAT, {"messages": [{"role": "user", "content": "x"} | FIELDS]}),
