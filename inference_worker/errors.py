@@ -82,14 +82,47 @@ class QueueFull(SluiceError):
         self.retry_after = retry_after
 
 
-class TokenBudgetFull(SluiceError):
-    """The waiting requests have as many prompt tokens as they may."""
+class QueueShareFull(SluiceError):
+    """A key has so much waiting that others would find no room."""
 
-    def __init__(self, tokens: int, waiting: int, limit: int, retry_after: float) -> None:
+    def __init__(self, key_id: str, retry_after: float) -> None:
+        super().__init__(f"overloaded: the requests of {key_id} fill their share of the queue")
+        self.retry_after = retry_after
+
+
+class TokenBudgetFull(SluiceError):
+    """The waiting requests' prompts are as large as they may be, in tokens or in KV blocks."""
+
+    def __init__(self, size: int, waiting: int, limit: int, unit: str, retry_after: float) -> None:
         super().__init__(
-            f"overloaded: this prompt's {tokens} tokens and the {waiting} waiting ones exceed {limit}"
+            f"overloaded: this prompt's {size} {unit} and the {waiting} waiting ones exceed {limit}"
         )
         self.retry_after = retry_after
+
+
+class WouldMissDeadline(SluiceError):
+    """The request's first token is not expected before its deadline."""
+
+    def __init__(self, expected: float, left: float, retry_after: float) -> None:
+        super().__init__(
+            f"overloaded: the first token is expected in {expected:.1f} s, after the deadline in {left:.1f} s"
+        )
+        self.retry_after = retry_after
+
+
+class KeyLimit(SluiceError):
+    """The caller's key has as much inside, or has used as much, as it may."""
+
+    def __init__(self, what: str, retry_after: float) -> None:
+        super().__init__(f"limit of this key: {what}")
+        self.retry_after = retry_after
+
+
+class DeadlinePassed(SluiceError):
+    """The request's deadline came before its first token."""
+
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before the first token")
 
 
 class Draining(SluiceError):
@@ -151,7 +184,11 @@ _TABLE: Final[dict[type[SluiceError], tuple[grpc.StatusCode, str]]] = {
     ModelNotFound: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
     RequestExists: (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_EXISTS"),
     QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
-    TokenBudgetFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUDGET_FULL"),
+    QueueShareFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    TokenBudgetFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUDGET"),
+    WouldMissDeadline: (grpc.StatusCode.RESOURCE_EXHAUSTED, "WOULD_MISS_DEADLINE"),
+    KeyLimit: (grpc.StatusCode.RESOURCE_EXHAUSTED, "KEY_LIMIT"),
+    DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     SlowReader: (grpc.StatusCode.ABORTED, "SLOW_READER"),
     StreamNotFound: (grpc.StatusCode.NOT_FOUND, "STREAM_NOT_FOUND"),

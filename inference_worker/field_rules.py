@@ -21,13 +21,6 @@ def refuse_unknown_fields(message: Message, path: str) -> None:
         raise UnsupportedField(f"{path}.{number}" if path else str(number))
 
 
-def refuse_unsupported(path: str, **is_set: bool) -> None:
-    """Refuse fields of the contract whose feature is missing here. Raises: UnsupportedField."""
-    for name, value in is_set.items():
-        if value:
-            raise UnsupportedField(f"{path}.{name}" if path else name)
-
-
 def check_range(
     path: str, value: float, low: float, high: float, *, above_low: bool = False
 ) -> None:

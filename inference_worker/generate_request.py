@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from inference_worker.caller import Caller, read_caller, read_priority
 from inference_worker.chat.format import ChatFormat, calls_grammar
 from inference_worker.chat.request import Tools, read_tools
 from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
+from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.errors import ContextExceeded, InvalidField, UnsupportedField
 from inference_worker.field_rules import (
@@ -19,7 +21,6 @@ from inference_worker.field_rules import (
     check_count,
     check_range,
     refuse_unknown_fields,
-    refuse_unsupported,
 )
 from inference_worker.grammar.source import GrammarSource, read_constraint
 from inference_worker.kept_streams import read_terms
@@ -28,7 +29,6 @@ from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_KEY_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MAX_STOP_SEQUENCES: Final = 16
 _MAX_STOP_SEQUENCE_CHARS: Final = 1024
 _MAX_STOP_TOKEN_IDS: Final = 64
@@ -65,6 +65,9 @@ class Reading:
     delivered: DeliveredRequest
     tools: Tools
     constraint: GrammarSource | None
+    caller: Caller
+    priority: int
+    timeout: float | None  # seconds; None: as long as the call may take
 
     def to_engine(
         self,
@@ -72,6 +75,7 @@ class Reading:
         limits: Limits,
         new_detokenizer: NewDetokenizer,
         admitted_at: float,
+        deadline: float | None,
     ) -> Request:
         """Complete the request but for its grammar. Takes time in proportion to what was delivered of it.
 
@@ -111,6 +115,8 @@ class Reading:
             ),
             n=self.n,
             continuation=continuation,
+            share=Share(self.caller.key_id, self.caller.weight, self.priority),
+            deadline=deadline,
             admitted_at=admitted_at,
         )
 
@@ -121,8 +127,6 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     Raises: InvalidField, ContextExceeded, UnsupportedField.
     """
     refuse_unknown_fields(message, "")
-    _refuse_later_features(message)
-    check_caller(message)
     read_terms(message)  # what becomes of them is not the generation's to know
     if message.WhichOneof("source") is None:
         raise InvalidField("prompt", "is required")
@@ -164,6 +168,9 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         delivered=delivered,
         tools=tools,
         constraint=_read_constraint(message, tools, limits),
+        caller=read_caller(message),
+        priority=read_priority(message),
+        timeout=_read_timeout(message),
     )
 
 
@@ -187,23 +194,14 @@ def _read_constraint(
     return GrammarSource("lark", grammar, path)
 
 
-def _refuse_later_features(message: pb.GenerateRequest) -> None:
-    refuse_unsupported("", priority=message.HasField("priority"))
-    refuse_unsupported(
-        "caller",
-        weight=message.caller.HasField("weight"),
-        max_concurrent=message.caller.HasField("max_concurrent"),
-        tokens_per_minute=message.caller.HasField("tokens_per_minute"),
-    )
-
-
-def check_caller(message: pb.GenerateRequest) -> None:
-    """Check who asks. Raises: InvalidField, UnsupportedField."""
-    if not message.HasField("caller"):
-        return
-    refuse_unknown_fields(message.caller, "caller")
-    if not _KEY_ID.fullmatch(message.caller.key_id):
-        raise InvalidField("caller.key_id", "must be 1 to 64 characters of [A-Za-z0-9._:-]")
+def _read_timeout(message: pb.GenerateRequest) -> float | None:
+    if not message.HasField("timeout"):
+        return None
+    refuse_unknown_fields(message.timeout, "timeout")
+    seconds = message.timeout.seconds + message.timeout.nanos / 1e9
+    if seconds <= 0:
+        raise InvalidField("timeout", f"must be above 0 seconds, got {seconds:g}")
+    return seconds
 
 
 def _read_request_id(message: pb.GenerateRequest) -> str:

@@ -12,6 +12,7 @@ from inference_worker.admission import Ticket
 from inference_worker.engine.event import (
     Delta,
     Event,
+    Expired,
     Failed,
     Finished,
     FinishReason,
@@ -22,7 +23,7 @@ from inference_worker.engine.event_stream import EventStream, is_last
 from inference_worker.engine.grammar import Grammar, GrammarFailed, GrammarState
 from inference_worker.engine.request import Request
 from inference_worker.engine.serving import ServingEngine
-from inference_worker.errors import InternalError, InvalidField
+from inference_worker.errors import DeadlinePassed, InternalError, InvalidField
 from inference_worker.generate_request import Limits, Reading
 from inference_worker.generate_response import StreamWriter, unstarted_endings
 from inference_worker.grammar.compiler import GrammarCompiler
@@ -54,8 +55,14 @@ class Generation:
     """Tokenizes a request's prompt, hands it to the engine, and turns the engine's events into messages."""
 
     def __init__(
-        self, backend: Backend, reading: Reading, ticket: Ticket, record: RequestRecord
+        self,
+        backend: Backend,
+        reading: Reading,
+        ticket: Ticket,
+        record: RequestRecord,
+        deadline: float | None = None,
     ) -> None:
+        """`deadline`, in time.monotonic's seconds, ends it with what it has."""
         self._backend = backend
         self._reading = reading
         self._ticket = ticket
@@ -65,7 +72,8 @@ class Generation:
         self._preparing: list[asyncio.Future[Any]] = []  # on other threads, until the engine has it
         self._request: Request | None = None  # set once the engine has it
         self._end_reason: FinishReason | None = None
-        self._queue_position = 0
+        self._deadline = deadline
+        self._completion_tokens = 0  # that its key was charged for
         self._is_started = False
         self._is_over = False  # for the engine; its reader may still have to read
 
@@ -112,7 +120,10 @@ class Generation:
                 self._backend.engine.cancel(self._request)
 
     async def _prepare(self) -> Request | None:
-        """The request with its prompt tokenized and its grammar compiled, or None if it was ended meanwhile."""
+        """The request with its prompt tokenized and its grammar compiled, or None if it was ended meanwhile.
+
+        Raises: DeadlinePassed; InvalidField.
+        """
         tokenizing = self._backend.prompts.read(
             self._reading.prompt, self._complete, num_more_tokens=self._reading.delivered.num_tokens
         )
@@ -122,13 +133,18 @@ class Generation:
             compiling = asyncio.create_task(self._compile(constraint))
             self._preparing.append(compiling)
         # Not `await tokenizing`: end() cancels it, and that must not look like the caller's going away.
-        done, _ = await asyncio.wait(self._preparing, return_when=asyncio.FIRST_EXCEPTION)
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        done, pending = await asyncio.wait(
+            self._preparing, timeout=left, return_when=asyncio.FIRST_EXCEPTION
+        )
         # all are looked at, so that asyncio does not complain of a lost one
         errors = [error for one in done if not one.cancelled() and (error := one.exception())]
         if self._end_reason is not None:
             return None
         if errors:
             raise errors[0]
+        if pending:
+            raise DeadlinePassed
         request = tokenizing.result()
         return request if compiling is None else request.with_grammar(*compiling.result())
 
@@ -146,38 +162,40 @@ class Generation:
         """The request with its prompt. Runs on a tokenizer's thread."""
         new_detokenizer = self._backend.served.tokenizer.new_detokenizer
         return self._reading.to_engine(
-            prompt, self._backend.limits, new_detokenizer, self._admitted_at
+            prompt, self._backend.limits, new_detokenizer, self._admitted_at, self._deadline
         )
 
     def _submit(self, request: Request) -> EventStream:
         self._ticket.set_prompt_tokens(len(request.prompt) + self._reading.delivered.num_tokens)
         stream = self._backend.engine.submit(request, self._account)
-        self._backend.registry.join_queue(request.request_id)
         self._request = request
         return stream
 
     def _account(self, event: Event) -> None:
         """Bring the books up to date as the engine goes, however late the reader hears of it."""
         self._record.note(event)
-        request_id = self._reading.request_id
         match event:
             case Started():
                 self._is_started = True
-                self._queue_position = self._backend.registry.queue_position(request_id)
             case Scheduled():
-                self._leave_queue()
+                self._ticket.serve()
+            case Delta() if not event.is_prompt:
+                self._use(len(event.tokens))
             case Finished():
                 self._ticket.finish_sequence()
+                if event.usage is not None:  # tokens that ended a choice came in no delta
+                    total = event.usage.completion_tokens - self._reading.delivered.num_tokens
+                    self._use(total - self._completion_tokens)
             case _:
                 pass
         if is_last(event):
             self._is_over = True
-            self._leave_queue()  # also if it never ran
+            self._ticket.leave_queue()  # also if it never ran
             self._ticket.finish_sequences()
 
-    def _leave_queue(self) -> None:
-        self._ticket.leave_queue()
-        self._backend.registry.leave_queue(self._reading.request_id)
+    def _use(self, completion_tokens: int) -> None:
+        self._completion_tokens += completion_tokens
+        self._ticket.use(completion_tokens)
 
     def _write(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
         if not events and self._is_started:  # the header is always first
@@ -186,7 +204,7 @@ class Generation:
             match event:
                 case Started():
                     yield self._writer.started(
-                        self._request, event.cached_tokens, self._queue_position
+                        self._request, event.cached_tokens, event.queue_position
                     )
                 case Delta():
                     yield from self._writer.delta(event)
@@ -200,6 +218,8 @@ class Generation:
     def _fail(self, error: Exception) -> None:
         request_id = self._reading.request_id
         constraint = self._reading.constraint
+        if isinstance(error, Expired):
+            raise DeadlinePassed from error
         if isinstance(error, GrammarFailed) and constraint is not None:
             raise InvalidField(constraint.field, str(error)) from error
         get_logger().error("request failed", request_id=request_id, exc_info=error)

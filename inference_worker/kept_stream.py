@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from inference_worker.engine.event import FinishReason
 from inference_worker.errors import InternalError, InvalidField, SluiceError, TakenOver
-from inference_worker.registry import Registry
 from inference_worker.replay import Replay
 from inference_worker.request_log import get_logger
 from protos.sluice.v1 import generation_pb2 as pb
@@ -95,21 +92,6 @@ class KeptStream:
         if self._task is not None:
             self._task.cancel()
         self._forget()
-
-    def end_at(self, deadline: float, registry: Registry) -> None:
-        """End the generation at a time of time.monotonic(), unless it has ended."""
-
-        def end() -> None:
-            if self.is_over:
-                return
-            if self.request_id is not None:
-                registry.end(self.request_id, FinishReason.DEADLINE)
-            else:
-                self.cancel()
-
-        timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), end)
-        if self._task is not None:
-            self._task.add_done_callback(lambda _: timer.cancel())
 
     def resume(self, number: int, *, is_snapshot: bool) -> Messages:
         """The messages from this number on: to the stream's end, or those that there are now.

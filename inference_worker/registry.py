@@ -24,12 +24,11 @@ class Endable(Protocol):
 
 
 class Registry:
-    """Who is inside, who waits for the engine, and who was here. Used from the event loop only."""
+    """Who is inside, and who was here. Used from the event loop only."""
 
     def __init__(self) -> None:
-        self._inside: dict[str, Endable] = {}
-        self._queue: dict[str, None] = {}  # in the engine and not in a step yet; oldest first
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._inside: dict[str, tuple[Endable, str]] = {}  # and whose it is, by key_id
+        self._ended: OrderedDict[str, str] = OrderedDict()  # whose it was
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
@@ -42,54 +41,36 @@ class Registry:
             raise RequestExists(request_id)
 
     @contextmanager
-    def hold(self, request_id: str, request: Endable) -> Iterator[None]:
-        """Keep a request inside for the length of the block. Its id must be free."""
-        self._inside[request_id] = request
+    def hold(self, request_id: str, request: Endable, key_id: str = "") -> Iterator[None]:
+        """Keep a key's request inside for the length of the block. Its id must be free."""
+        self._inside[request_id] = (request, key_id)
         self._ended.pop(request_id, None)
         self._is_empty.clear()
         try:
             yield
         finally:
-            self.leave_queue(request_id)
             del self._inside[request_id]
-            self._ended[request_id] = None
+            self._ended[request_id] = key_id
             if len(self._ended) > _MAX_ENDED:
                 self._ended.popitem(last=False)
             if not self._inside:
                 self._is_empty.set()
 
-    def join_queue(self, request_id: str) -> None:
-        """The engine got the request."""
-        self._queue[request_id] = None
-
-    def leave_queue(self, request_id: str) -> None:
-        """The request's first step began. Does nothing if it does not wait."""
-        self._queue.pop(request_id, None)
-
-    def queue_position(self, request_id: str) -> int:
-        """How many requests wait before this one; 0 if it does not wait."""
-        for position, waiting_id in enumerate(self._queue):
-            if waiting_id == request_id:
-                return position
-        return 0
-
-    def abort(self, request_id: str) -> pb.AbortOutcome.ValueType:
-        """End a request, and say what was found."""
-        if (request := self._inside.get(request_id)) is not None:
+    def abort(self, request_id: str, key_id: str | None = None) -> pb.AbortOutcome.ValueType:
+        """End a request, and say what was found. With a `key_id`, that of another key is unknown."""
+        request, owner = self._inside.get(request_id, (None, self._ended.get(request_id)))
+        if key_id is not None and owner != key_id:
+            return pb.ABORT_OUTCOME_UNKNOWN
+        if request is not None:
             has_effect = request.end(FinishReason.CANCELLED)
             return pb.ABORT_OUTCOME_ABORTED if has_effect else pb.ABORT_OUTCOME_ALREADY_FINISHED
         if request_id in self._ended:
             return pb.ABORT_OUTCOME_ALREADY_FINISHED
         return pb.ABORT_OUTCOME_UNKNOWN
 
-    def end(self, request_id: str, reason: FinishReason) -> None:
-        """End a request, if it is inside."""
-        if (request := self._inside.get(request_id)) is not None:
-            request.end(reason)
-
     def end_all(self, reason: FinishReason) -> None:
         """End every request."""
-        for request in list(self._inside.values()):
+        for request, _ in list(self._inside.values()):
             request.end(reason)
 
     async def wait_empty(self, seconds: float) -> bool:

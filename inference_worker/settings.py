@@ -148,6 +148,14 @@ class WorkerSettings(BaseSettings):
         description="Most prompt tokens of the waiting requests; more are refused.",
         json_schema_extra=unit("tokens"),
     )
+    max_waiting_kv: float = Field(
+        4,
+        ge=1,
+        le=1000,
+        description="Most KV blocks that the prompts of the waiting requests need, as a multiple of the whole cache; "
+        "more are refused.",
+        json_schema_extra=unit("caches"),
+    )
     max_choices: int = Field(
         16,
         ge=1,

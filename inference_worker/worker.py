@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Final, TypeVar
 
 from inference_worker.admission import Admission, AdmissionLimits
+from inference_worker.caller import check_key_id, read_caller
 from inference_worker.engine.event import FinishReason
 from inference_worker.errors import (
     InternalError,
@@ -18,8 +19,8 @@ from inference_worker.errors import (
     SluiceError,
     status_of,
 )
-from inference_worker.field_rules import refuse_unknown_fields, refuse_unsupported
-from inference_worker.generate_request import Limits, check_caller, read_request
+from inference_worker.field_rules import refuse_unknown_fields
+from inference_worker.generate_request import Limits, read_request
 from inference_worker.generate_response import sampling_message
 from inference_worker.generation import Backend, Generation
 from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler
@@ -35,6 +36,9 @@ from protos.sluice.v1 import generation_pb2 as pb
 T = TypeVar("T")
 
 _SHUTDOWN_SECONDS: Final = 2.0  # for a reader to take its last message
+# How long before its call a request ends, so that its last messages arrive: a share of the time, and at most so much.
+_CALL_MARGIN: Final = 0.1
+_MAX_CALL_MARGIN_SECONDS: Final = 0.5
 
 
 class Worker:
@@ -71,7 +75,14 @@ class Worker:
         )
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
-            AdmissionLimits(settings.max_running, settings.max_waiting, settings.max_waiting_tokens)
+            AdmissionLimits(
+                settings.max_running,
+                settings.max_waiting,
+                settings.max_waiting_tokens,
+                total_blocks=self._engine.load.total_blocks,
+                block_size=self._engine.load.block_size,
+                max_waiting_kv=settings.max_waiting_kv,
+            )
         )
         self._backend = Backend(
             served=served,
@@ -120,10 +131,10 @@ class Worker:
     def generate(
         self, message: pb.GenerateRequest, deadline: float | None = None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Generate, or go on with a stream that was begun; `deadline` is in time.monotonic's seconds.
+        """Generate, or go on with a stream that was begun.
 
-        It ends a stream that outlives its call; else the call is the transport's to end, and it only tells the log why.
-        Raises, once iterated: SluiceError.
+        `deadline` is when the call ends, in time.monotonic's seconds; the request ends a little before, also if its
+        stream outlives the call. Raises, once iterated: SluiceError.
         """
         if message.HasField("resume"):
             return self._resume(message)
@@ -131,8 +142,6 @@ class Worker:
         if stream is None:
             return self._generate(message, deadline)
         stream.start(self._generate(message, deadline))
-        if deadline is not None:
-            stream.end_at(deadline, self._registry)
         return stream.read()
 
     def _keep(self, message: pb.GenerateRequest) -> KeptStream | None:
@@ -150,7 +159,7 @@ class Worker:
         status = "CANCELLED"  # the reader went away
         try:
             refuse_unknown_fields(message, "")
-            check_caller(message)
+            read_caller(message)
             for field, _ in message.ListFields():
                 if field.name not in ("resume", "caller"):
                     raise InvalidField(field.name, "not together with resume")
@@ -175,7 +184,7 @@ class Worker:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         record = RequestRecord(message, logs_prompts=self._settings.log_prompts)
         try:
-            async with aclosing(self._admit_and_run(message, record)) as messages:
+            async with aclosing(self._admit_and_run(message, record, deadline)) as messages:
                 async for response in messages:
                     yield response
         except SluiceError as error:
@@ -194,8 +203,9 @@ class Worker:
             record.write("OK")
 
     async def _admit_and_run(
-        self, message: pb.GenerateRequest, record: RequestRecord
+        self, message: pb.GenerateRequest, record: RequestRecord, call_deadline: float | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        arrived_at = time.monotonic()
         if message.HasField("model"):
             self._check_model(message.model)
         reading = read_request(message, self._served.info, self._backend.limits)
@@ -203,9 +213,16 @@ class Worker:
         self._registry.check_free(reading.request_id)
         delivered = reading.delivered
         num_tokens = estimate_tokens(reading.prompt) + delivered.num_tokens
-        with self._admission.admit(reading.n - len(delivered.finished), num_tokens) as ticket:
-            generation = Generation(self._backend, reading, ticket, record)
-            with self._registry.hold(reading.request_id, generation):
+        deadline = _deadline(reading.timeout, call_deadline, arrived_at)
+        with self._admission.admit(
+            reading.n - len(delivered.finished),
+            num_tokens,
+            reading.caller,
+            reading.priority,
+            None if deadline is None else deadline - time.monotonic(),
+        ) as ticket:
+            generation = Generation(self._backend, reading, ticket, record, deadline)
+            with self._registry.hold(reading.request_id, generation, reading.caller.key_id):
                 record.admitted(reading.request_id, self._served.info.name)
                 async with aclosing(generation.messages()) as messages:
                     async for response in messages:
@@ -214,10 +231,12 @@ class Worker:
     def abort(self, message: pb.AbortRequest) -> pb.AbortResponse:
         """End a generation. Raises: SluiceError."""
         refuse_unknown_fields(message, "")
-        refuse_unsupported("", key_id=message.HasField("key_id"))
         if not message.request_id:
             raise InvalidField("request_id", "is required")
-        return pb.AbortResponse(outcome=self._registry.abort(message.request_id))
+        key_id = message.key_id if message.HasField("key_id") else None
+        if key_id is not None:
+            check_key_id("key_id", key_id)
+        return pb.AbortResponse(outcome=self._registry.abort(message.request_id, key_id))
 
     def get_model(self, message: pb.GetModelRequest) -> pb.GetModelResponse:
         """Describe the model. Raises: SluiceError."""
@@ -264,6 +283,8 @@ class Worker:
             preemptions=load.preemptions,
             is_draining=self._admission.is_draining,
             requests=self._admission.requests,
+            waiting_blocks=self._admission.waiting_blocks,
+            max_waiting_blocks=limits.max_waiting_blocks,
         )
 
     async def tokenize(self, message: pb.TokenizeRequest) -> pb.TokenizeResponse:
@@ -303,3 +324,16 @@ class Worker:
     def _check_model(self, name: str) -> None:
         if name != self._served.info.name and name not in self._settings.model_aliases:
             raise ModelNotFound(name, self._served.info.name)
+
+
+def _deadline(
+    timeout: float | None, call_deadline: float | None, arrived_at: float
+) -> float | None:
+    """When a request ends, in time.monotonic's seconds: by its own timeout or a little before its call."""
+    deadlines = []
+    if timeout is not None:
+        deadlines.append(arrived_at + timeout)
+    if call_deadline is not None:
+        left = call_deadline - arrived_at
+        deadlines.append(call_deadline - min(left * _CALL_MARGIN, _MAX_CALL_MARGIN_SECONDS))
+    return min(deadlines, default=None)

@@ -5,6 +5,7 @@ Purely synchronous and owned by one thread; `engine_thread` gives it one.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from inference_worker.engine.continuation import Continued
 from inference_worker.engine.detokenizer import Detokenizer
 from inference_worker.engine.event import (
     Event,
+    Expired,
     Failed,
     Finished,
     FinishReason,
@@ -33,6 +35,7 @@ from inference_worker.engine.steps import Steps
 # How often a sequence may find no memory for a step of its own: a chunk of 512 tokens is halved to one of 1 meanwhile,
 # and a single token tried some times more.
 MAX_REFUSALS = 16
+_SPARE_DEADLINES = 64  # of requests that ended before theirs, besides as many as are alive
 
 
 class NewDetokenizer(Protocol):
@@ -62,7 +65,6 @@ class Load:
     free_blocks: int
     total_blocks: int
     block_size: int  # tokens
-    waiting_tokens: int  # prompt tokens of the waiting sequences
     steps: int  # since the start, like the following
     generated_tokens: int
     preemptions: int
@@ -88,6 +90,9 @@ class Engine:
             self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens
         )
         self._live: dict[int, LiveRequest] = {}  # by the request's key
+        self._deadlines: list[
+            tuple[float, int]
+        ] = []  # a heap, with keys of requests that may have ended
         self._events: list[tuple[Request, Event]] = []
         self._num_steps = 0
         self._generated_tokens = 0
@@ -98,14 +103,12 @@ class Engine:
 
     def load(self) -> Load:
         """The state between two steps."""
-        waiting = self._scheduler.waiting
         return Load(
             running=len(self._scheduler.running),
-            waiting=len(waiting),
+            waiting=len(self._scheduler.waiting),
             free_blocks=self._pool.num_free,
             total_blocks=self._pool.num_blocks,
             block_size=self._pool.block_size,
-            waiting_tokens=sum(sequence.num_prompt_tokens for sequence in waiting),
             steps=self._num_steps,
             generated_tokens=self._generated_tokens,
             preemptions=self._scheduler.num_preemptions,
@@ -123,10 +126,11 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request into the queue. A request that cannot even be prepared fails at once."""
         live = self._live[request.key] = LiveRequest(request)
+        self._note_deadline(request)
         try:
             leader = self._new_sequence(live, is_leader=True)
             cached = min(self._pool.count_cached_tokens(leader), len(request.prompt))
-            position = len(self._scheduler.waiting)
+            position = self._scheduler.waiting.position(request.share)
             self._emit(live, Started(len(request.prompt), cached, position))
             self._scheduler.add(leader)
             while self._end_if_complete(live, leader) and live.unbegun:
@@ -167,6 +171,7 @@ class Engine:
         steps = self._steps
         if steps and not (steps.can_run_ahead and not self._scheduler.must_preempt):
             self._collect()
+        self._expire()
         rows = self._scheduler.schedule()
         if rows:
             self._note_scheduled(rows)
@@ -176,6 +181,26 @@ class Engine:
         most_in_flight = 1 if rows and self._runner.runs_ahead else 0
         while len(steps) > most_in_flight:
             self._collect()
+
+    def _note_deadline(self, request: Request) -> None:
+        if request.deadline is None:
+            return
+        if len(self._deadlines) > 2 * len(self._live) + _SPARE_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.deadline, request.key))
+
+    def _expire(self) -> None:
+        """End the requests whose deadline has passed: none of them takes part in a step that begins after it."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, key = heapq.heappop(self._deadlines)
+            if (live := self._live.get(key)) is None:
+                continue
+            if live.first_token_at is None:
+                self._fail(live, Expired())
+            else:
+                self.cancel(live.request, FinishReason.DEADLINE)
 
     def _collect(self) -> None:
         """End the oldest step in flight."""
@@ -346,7 +371,7 @@ class Engine:
     def _finish_impossible(self) -> None:
         """Nothing runs and the first in the queue does not fit an empty cache: it cannot go on."""
         if self._scheduler.waiting:
-            self.cancel(self._scheduler.waiting[0].request, FinishReason.PREEMPTED)
+            self.cancel(self._scheduler.waiting.first().request, FinishReason.PREEMPTED)
 
     def _fail(self, live: LiveRequest, error: Exception) -> None:
         self._retire(live)

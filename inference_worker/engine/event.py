@@ -62,7 +62,7 @@ class Started:
 
     prompt_tokens: int
     cached_tokens: int  # prompt tokens found in the prefix cache at this moment
-    queue_position: int  # sequences that wait before it
+    queue_position: int  # requests that are likely to be served before it, of those that wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,10 @@ class Finished:
     timings: Timings | None = None
     completion_tokens: int = 0  # of this choice, those that ended it included
     withheld_token_ids: tuple[int, ...] = ()  # its last tokens, which no delta carries
+
+
+class Expired(Exception):
+    """A request's deadline came before its first token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from inference_worker.engine.continuation import Continuation
+from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.grammar import Grammar, GrammarState
 
 
@@ -67,6 +68,8 @@ class Request:
     n: int = 1
     continuation: Continuation = field(default_factory=Continuation)
     grammar: Grammar | None = None  # what the completion of each choice belongs to
+    share: Share = field(default_factory=Share)  # of the engine, while others wait too
+    deadline: float | None = None  # in time.monotonic's seconds: it ends then, with what it has
     admitted_at: float = field(default_factory=time.monotonic)  # start of the request's timings
     # Tells this request from every other of the process, also from an earlier one of the same id that is only just
     # leaving: what is still on its way for that one must not reach this one.

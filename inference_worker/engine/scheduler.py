@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 from inference_worker.engine.block_pool import BlockPool
+from inference_worker.engine.fair_queue import FairQueue
 from inference_worker.engine.runner import Row
 from inference_worker.engine.sequence import Sequence, State
 
 
 class Scheduler:
-    """First come, first served; decode before prefill; preemption of the youngest, by recompute.
+    """Each key its share, and in it by priority and arrival; decode before prefill; preemption of the youngest, by
+    recompute.
 
     Invariants: a sequence is in exactly one of `waiting` and `running`, or finished; only running ones hold blocks;
     `running` is in order of admission, oldest first, so the oldest always makes progress.
@@ -26,17 +27,18 @@ class Scheduler:
         self._pool = pool
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Put a new sequence into the queue."""
+        self.waiting.add(sequence, sequence.request.share)
 
     def add_siblings(self, sequences: list[Sequence]) -> None:
         """Put further choices of a running request at the head of the queue, in order."""
-        self.waiting.extendleft(reversed(sequences))
+        for sequence in reversed(sequences):
+            self.waiting.put_back(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -58,6 +60,7 @@ class Scheduler:
         budget = self._grow(decoding, rows, self._max_batch_tokens)
         budget = self._grow(prefilling, rows, budget)
         self._admit(rows, budget)
+        self._charge(rows)
         ordered = [Row(sequence, num_tokens) for sequence, num_tokens in rows.items()]
         ordered.sort(key=lambda row: row.num_tokens > 1 or row.start == 0)  # stable
         return ordered
@@ -93,12 +96,12 @@ class Scheduler:
     def _admit(self, rows: dict[Sequence, int], budget: int) -> None:
         """Take sequences from the queue while slots, blocks and budget last. Nobody overtakes the first."""
         while self.waiting and budget and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
+            sequence = self.waiting.first()
             # blocks for all its tokens at once, so that a prompt that is begun can be completed, and a block to
             # spare for each running sequence, so that the newcomer is not preempted by their very next tokens
             if not self._pool.fits(sequence, num_spare=len(self.running)):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self._pool.attach_prefix(sequence)
             self._pool.reserve(sequence, len(sequence.token_ids))
             self.running.append(sequence)
@@ -108,10 +111,19 @@ class Scheduler:
             )
             budget -= rows[sequence]
 
+    def _charge(self, rows: dict[Sequence, int]) -> None:
+        """Count the step's tokens as served to the rows' keys; what was cached or is computed again is free."""
+        for sequence, num_tokens in rows.items():
+            start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
+            new = stop - max(start, sequence.num_charged_tokens)
+            if new > 0:
+                sequence.num_charged_tokens = stop
+                self.waiting.charge(sequence.request.share, new)
+
     def preempt(self, victim: Sequence) -> None:
         """Take a running sequence's blocks back, and put it at the head of the queue. It must not be in flight."""
         self.running.remove(victim)
         self._pool.release(victim)
         victim.state = State.WAITING
-        self.waiting.appendleft(victim)
+        self.waiting.put_back(victim)
         self.num_preemptions += 1

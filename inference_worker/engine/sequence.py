@@ -43,6 +43,7 @@ class Sequence:
     state: State = State.WAITING
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
     num_pending_tokens: int = 0  # tokens drawn by steps in flight, which follow token_ids
+    num_charged_tokens: int = 0  # tokens that its key was charged for
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache when it first ran
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(

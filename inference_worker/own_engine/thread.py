@@ -11,11 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from inference_worker.engine.engine import Load
-from inference_worker.engine.event import Event, Failed, Finished, FinishReason, Scheduled, Started
+from inference_worker.engine.event import (
+    Event,
+    Expired,
+    Failed,
+    Finished,
+    FinishReason,
+    Scheduled,
+    Started,
+)
 from inference_worker.engine.event_stream import EventStream, EventStreams
 from inference_worker.engine.live_request import LiveRequest
 from inference_worker.engine.request import Request
 from inference_worker.own_engine.choice import Choice
+from inference_worker.own_engine.fair_slots import FairSlots
 from inference_worker.own_engine.loop_thread import LoopThread
 from inference_worker.own_engine.protocol import EngineCard, EngineRequest, OwnEngine, Piece
 from inference_worker.request_log import get_logger
@@ -47,6 +56,13 @@ class _Running:
     choices: dict[int, Choice] = field(default_factory=dict)  # those begun, by index
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)  # choices whose reader has had their Finished
+    expiry: asyncio.TimerHandle | None = None  # at its deadline
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        deadline = self.live.request.deadline
+        return deadline is not None and time.monotonic() >= deadline
 
 
 class OwnEngineThread:
@@ -75,12 +91,12 @@ class OwnEngineThread:
         self._streams = EventStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
         # --- of the engine's own loop
-        self._slots = asyncio.Semaphore(max_running)  # first come, first served
+        self._slots = FairSlots(max_running)
         self._inside: dict[int, _Running] = {}  # by the request's key
         self._tasks: set[asyncio.Task[None]] = set()  # whatever is still under way
         self._events: list[tuple[Request, Event]] = []
         self._is_handing_over = False
-        self._running = self._waiting = self._waiting_tokens = 0  # sequences, sequences, tokens
+        self._running = self._waiting = 0  # sequences
         self._num_pieces = self._num_tokens = 0
         self._load = self._measure()
 
@@ -117,7 +133,10 @@ class OwnEngineThread:
 
     def _add(self, request: Request) -> None:
         running = self._inside[request.key] = _Running(LiveRequest(request))
-        self._emit(running, Started(len(request.prompt), 0, self._waiting))
+        self._emit(running, Started(len(request.prompt), 0, self._slots.position(request.share)))
+        if request.deadline is not None:
+            seconds = max(0.0, request.deadline - time.monotonic())
+            running.expiry = asyncio.get_running_loop().call_later(seconds, self._expire, running)
         for index in range(request.n):
             task = self._spawn(self._generate(running, index))
             running.tasks.add(task)
@@ -127,11 +146,27 @@ class OwnEngineThread:
         if (running := self._inside.get(request.key)) is None:
             return
         if reason is None:
-            del self._inside[request.key]
+            self._forget(running)
         else:
             for index in range(request.n):
                 self._finish(running, index, reason)
         self._give_up(running)
+
+    def _expire(self, running: _Running) -> None:
+        """Its deadline has passed."""
+        request = running.live.request
+        if request.key not in self._inside:
+            return
+        if running.live.first_token_at is None:
+            self._fail(running, Expired())
+        else:
+            self._cancel(request, FinishReason.DEADLINE)
+
+    def _forget(self, running: _Running) -> None:
+        """It is over: nothing more is said of it."""
+        del self._inside[running.live.request.key]
+        if running.expiry is not None:
+            running.expiry.cancel()
 
     async def _shut_down(self) -> None:
         for running in list(self._inside.values()):
@@ -147,6 +182,9 @@ class OwnEngineThread:
     async def _generate(self, running: _Running, index: int) -> None:
         """One choice, from the queue to its last piece."""
         async with self._slot(running):
+            if running.is_late and not running.choices:  # its timer is a little late, too
+                self._expire(running)
+                return
             try:
                 await self._run_choice(running, index)
             except BaseException as error:
@@ -158,14 +196,11 @@ class OwnEngineThread:
 
     @asynccontextmanager
     async def _slot(self, running: _Running) -> AsyncGenerator[None, None]:
-        prompt_tokens = len(running.live.request.prompt)
         self._waiting += 1
-        self._waiting_tokens += prompt_tokens
         try:
-            await self._slots.acquire()
+            await self._slots.acquire(running.live.request.share)
         finally:
             self._waiting -= 1
-            self._waiting_tokens -= prompt_tokens
             self._wake()
         self._running += 1
         try:
@@ -180,6 +215,7 @@ class OwnEngineThread:
         if live.scheduled_at is None:
             live.scheduled_at = time.monotonic()
             self._emit(running, Scheduled())
+            self._slots.charge(live.request.share, len(live.request.prompt))
         choice = running.choices[index] = Choice(
             live, index, self._tokenizer, self._vocabulary_size
         )
@@ -207,6 +243,7 @@ class OwnEngineThread:
         choice.push(piece)
         self._num_pieces += 1
         self._num_tokens += live.num_completion_tokens - before
+        self._slots.charge(live.request.share, live.num_completion_tokens - before)
         if choice.reason is not None:
             self._finish(running, choice.index, choice.reason)
         elif (delta := choice.output.take()) is not None:
@@ -253,11 +290,11 @@ class OwnEngineThread:
         live.num_choices_left -= 1
         if live.num_choices_left == 0:
             footer = replace(footer, usage=live.usage(), timings=live.timings())
-            del self._inside[live.request.key]
+            self._forget(running)
         self._emit(running, footer)
 
     def _fail(self, running: _Running, error: Exception) -> None:
-        del self._inside[running.live.request.key]
+        self._forget(running)
         self._emit(running, Failed(error))
         self._give_up(running)
 
@@ -309,7 +346,6 @@ class OwnEngineThread:
             free_blocks=0,
             total_blocks=0,
             block_size=0,
-            waiting_tokens=self._waiting_tokens,
             steps=self._num_pieces,
             generated_tokens=self._num_tokens,
             preemptions=0,

@@ -115,14 +115,15 @@ for _ in stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="Once"), stoppin
     narrow_stack.wait_idle()
 
 
-@pytest.mark.parametrize("prompt", ["Once", LONG_PROMPT], ids=["decode", "prefill"])
-def test_a_deadline_ends_the_generation(narrow_stack: Stack, prompt: str) -> None:
-    request = pb.GenerateRequest(
-        prompt=pb.Prompt(text=prompt), stopping=pb.Stopping(max_tokens=1200, ignore_eos=True)
-    )
-    with pytest.raises(grpc.RpcError) as caught:
-        list(narrow_stack.stub.Generate(request, timeout=0.3))
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+def test_a_deadline_ends_the_generation(narrow_stack: Stack) -> None:
+    stopping = pb.Stopping(max_tokens=1200, ignore_eos=True)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="Once"), stopping=stopping)
+    try:
+        messages = list(narrow_stack.stub.Generate(request, timeout=0.3))
+    except grpc.RpcError as error:  # the worker ends it a little before that, if it is not busy
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # noqa: PT017
+    else:
+        assert messages[-1].finished.finish_reason == pb.FINISH_REASON_DEADLINE
     narrow_stack.wait_idle()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.served_worker import Refusal, generate_request, reasons, refusal_of, serve_script
@@ -51,6 +52,18 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("request_id", {"request_id": "é"}),
     ("n", {"n": 0}),
     ("n", {"n": 17}),
+    ("priority", {"priority": 101}),
+    ("priority", {"priority": -101}),
+    ("timeout", {"timeout": duration_pb2.Duration()}),
+    ("timeout", {"timeout": duration_pb2.Duration(seconds=-1)}),
+    ("caller.key_id", {"caller": pb.Caller()}),
+    ("caller.key_id", {"caller": pb.Caller(key_id="k" * 65)}),
+    ("caller.key_id", {"caller": pb.Caller(key_id="a b")}),
+    ("caller.weight", {"caller": pb.Caller(key_id="k", weight=0)}),
+    ("caller.weight", {"caller": pb.Caller(key_id="k", weight=1001)}),
+    ("caller.weight", {"caller": pb.Caller(key_id="k", weight=NAN)}),
+    ("caller.max_concurrent", {"caller": pb.Caller(key_id="k", max_concurrent=0)}),
+    ("caller.tokens_per_minute", {"caller": pb.Caller(key_id="k", tokens_per_minute=0)}),
     ("prompt", {"prompt": pb.Prompt()}),
     ("prompt.text", {"text": ""}),
     ("prompt.token_ids", {"ids": []}),
@@ -131,10 +144,6 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
         continued(DELIVERED(completion_tokens=1, token_ids=[5]), n=2),
     ),
 ]
-LATER: list[tuple[str, dict[str, Any]]] = [
-    ("priority", {"priority": 0}),
-    ("caller.weight", {"caller": pb.Caller(key_id="k", weight=1)}),
-]
 
 
 async def test_a_value_out_of_range_is_invalid_argument_and_named() -> None:
@@ -144,14 +153,6 @@ async def test_a_value_out_of_range_is_invalid_argument_and_named() -> None:
             assert (refusal.code, refusal.field) == (INVALID, field), fields
             assert field in refusal.message
             assert not refusal.has_retry
-
-
-async def test_a_field_of_a_later_version_is_unimplemented_and_named() -> None:
-    async with serve_script() as worker:
-        for field, fields in LATER:
-            refusal = await refusal_of(worker.stub.Generate(generate_request(**fields)))
-            assert (refusal.code, refusal.field) == (UNIMPLEMENTED, field), fields
-            assert refusal.info.reason == "UNSUPPORTED_FIELD"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ async def test_the_token_budget() -> None:
         await worker.wait_for(waiting=1, waiting_tokens=60)
         refusal = await refusal_of(worker.stub.Generate(generate_request(ids=[5] * 41)))
         assert refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert refusal.info.reason == "TOKEN_BUDGET_FULL"
+        assert refusal.info.reason == "TOKEN_BUDGET"
         assert 1 <= refusal.retry_seconds <= 5
         fits = worker.stub.Generate(generate_request(ids=[5] * 40))
         await read_until(fits, "started")

@@ -1,4 +1,4 @@
-"""The registry: ids, queue positions and what Abort finds."""
+"""The registry: ids, their owners and what Abort finds."""
 
 from __future__ import annotations
 
@@ -48,13 +48,17 @@ async def test_a_bounded_number_of_ended_ids_is_remembered(monkeypatch: pytest.M
     assert registry.abort("b") == pb.ABORT_OUTCOME_ALREADY_FINISHED
 
 
-async def test_queue_positions_count_requests() -> None:
+async def test_a_key_ends_no_request_but_its_own() -> None:
     registry = Registry()
-    for name in "abc":
-        registry.join_queue(name)
-    assert [registry.queue_position(name) for name in "abcx"] == [0, 1, 2, 0]
-    registry.leave_queue("a")
-    assert [registry.queue_position(name) for name in "abc"] == [0, 0, 1]
+    inside = Inside()
+    with registry.hold("a", inside, "mine"):
+        for key_id in ("theirs", ""):
+            assert registry.abort("a", key_id) == pb.ABORT_OUTCOME_UNKNOWN
+        assert not inside.reasons
+        assert registry.abort("a", "mine") == pb.ABORT_OUTCOME_ABORTED
+    assert registry.abort("a", "theirs") == pb.ABORT_OUTCOME_UNKNOWN
+    assert registry.abort("a", "mine") == pb.ABORT_OUTCOME_ALREADY_FINISHED
+    assert registry.abort("b", "mine") == pb.ABORT_OUTCOME_UNKNOWN
 
 
 async def test_waits_until_the_last_has_left() -> None:

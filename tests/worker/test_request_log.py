@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import grpc
 import pytest
 import structlog
+from google.protobuf import duration_pb2
 
 from inference_worker import request_log
 from inference_worker.request_log import configure_logging, flush_log, get_logger
@@ -84,11 +84,12 @@ async def test_refused_cancelled_late_and_failed_requests(
         assert (line["status"], line["phase"]) == ("CANCELLED", "decode")
         assert line["completion_tokens"] > 0
 
-        late = worker.stub.Generate(generate_request(max_tokens=1000), timeout=0.3)
-        assert (await refusal_of(late)).code == grpc.StatusCode.DEADLINE_EXCEEDED
+        # four steps of 20 ms before the first token
+        late = generate_request(ids=[5] * 2000, timeout=duration_pb2.Duration(nanos=50_000_000))
+        assert (await refusal_of(worker.stub.Generate(late))).info.reason == "DEADLINE_PASSED"
         await worker.wait_idle()
         (line,) = lines(capsys)
-        assert line["status"] == "DEADLINE_EXCEEDED"
+        assert (line["status"], line["reason"]) == ("DEADLINE_EXCEEDED", "DEADLINE_PASSED")
 
         await refusal_of(worker.stub.Generate(generate_request(sampling=pb.Sampling(seed=1))))
         await worker.wait_idle()

@@ -74,9 +74,7 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
     """Abort was called."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 5
-    """The deadline of the call that began a stream with a resume_window passed. That call, and any other, ends
-    DEADLINE_EXCEEDED; this is what a Resume reads.
-    """
+    """The request's deadline passed; what was generated until then was sent."""
     FINISH_REASON_SHUTDOWN: _FinishReason.ValueType  # 6
     """The worker shut down before the end."""
     FINISH_REASON_PREEMPTED: _FinishReason.ValueType  # 7
@@ -100,9 +98,7 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """Abort was called."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 5
-"""The deadline of the call that began a stream with a resume_window passed. That call, and any other, ends
-DEADLINE_EXCEEDED; this is what a Resume reads.
-"""
+"""The request's deadline passed; what was generated until then was sent."""
 FINISH_REASON_SHUTDOWN: FinishReason.ValueType  # 6
 """The worker shut down before the end."""
 FINISH_REASON_PREEMPTED: FinishReason.ValueType  # 7
@@ -162,6 +158,7 @@ class GenerateRequest(google.protobuf.message.Message):
     CALLER_FIELD_NUMBER: builtins.int
     RESUME_TAG_FIELD_NUMBER: builtins.int
     ANNOTATION_FIELD_NUMBER: builtins.int
+    TIMEOUT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Names the request for Abort and in the logs: 1 to 128 characters of [A-Za-z0-9._:-], unique among the running ones.
     Unset: the worker makes one.
@@ -171,7 +168,9 @@ class GenerateRequest(google.protobuf.message.Message):
     n: builtins.int
     """Number of choices, 1 to the worker's --max-choices. They share the prompt's KV blocks. Unset: 1."""
     priority: builtins.int
-    """Order in the queue, higher first. Not supported yet: UNIMPLEMENTED."""
+    """Order among the waiting requests of the same caller.key_id, -100 to 100, higher first; equal ones in the order they
+    came. It changes nothing between keys: caller.weight does. Default: 0.
+    """
     resume_tag: builtins.str
     """Another name for the stream in Resume, of the caller's choice: 1 to 256 characters. It means the latest stream of
     this caller.key_id that was given it. It is a secret only as far as the caller keeps it one: where there are no
@@ -223,7 +222,19 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def caller(self) -> Global___Caller:
-        """For whom it is, as the edge has authenticated them. Its shares and limits are not supported yet: UNIMPLEMENTED."""
+        """For whom it is, as the edge has authenticated them. Unset: nobody in particular; all such requests share one queue, of
+        weight 1 and without limits of its own.
+        """
+
+    @property
+    def timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """Most time from the request's arrival at the worker to its end, above 0. The request's deadline is this or the call's
+        own, less a tenth of what is left and at most half a second, whichever is sooner; a call that is to hear how its
+        generation ended has a deadline a few seconds behind this one. A request whose first token is not expected before its
+        deadline is refused, RESOURCE_EXHAUSTED with the reason WOULD_MISS_DEADLINE; one without any token at its deadline
+        ends DEADLINE_EXCEEDED, without having reached the model if it still waits; one with some ends with
+        FINISH_REASON_DEADLINE. Unset: no deadline but the call's.
+        """
 
     def __init__(
         self,
@@ -243,9 +254,10 @@ class GenerateRequest(google.protobuf.message.Message):
         caller: Global___Caller | None = ...,
         resume_tag: builtins.str | None = ...,
         annotation: builtins.bytes | None = ...,
+        timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
     @typing.overload
@@ -282,7 +294,10 @@ class Caller(google.protobuf.message.Message):
     max_concurrent: builtins.int
     """Most requests inside the worker at once, 1 or more. Default: no limit but the worker's own."""
     tokens_per_minute: builtins.int
-    """Most tokens of prompts and completions in a minute, 1 or more. Default: no limit."""
+    """Tokens of prompts and completions in a minute, 1 or more: a bucket of so many that fills in a minute. A prompt takes
+    its tokens on admission, or all of the bucket if it is larger, and is refused until they are there; a completion takes
+    them as they come and is never cut, but the next request waits for what it took too much. Default: no limit.
+    """
     def __init__(
         self,
         *,
@@ -931,7 +946,9 @@ class Started(google.protobuf.message.Message):
     cached_tokens: builtins.int
     """Of them, found in the prefix cache on admission. The final figure is in Usage."""
     queue_position: builtins.int
-    """Requests that wait before this one; 0 when it is next or runs at once."""
+    """Requests that wait and are likely to be served before this one; 0 when it is next or runs at once. Exact among the
+    requests of one key; between keys it takes requests for equally long.
+    """
     max_tokens: builtins.int
     """The most tokens of each choice, as resolved."""
     n: builtins.int
@@ -1267,9 +1284,7 @@ class AbortRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """The request's id. Required."""
     key_id: builtins.str
-    """Whose request it has to be, as caller.key_id; another one's is UNKNOWN. Unset: anybody's. Not supported yet:
-    UNIMPLEMENTED.
-    """
+    """Whose request it has to be, as caller.key_id; another one's is UNKNOWN. Unset: anybody's."""
     def __init__(
         self,
         *,
@@ -1439,6 +1454,8 @@ class GetLoadResponse(google.protobuf.message.Message):
     PREEMPTIONS_FIELD_NUMBER: builtins.int
     IS_DRAINING_FIELD_NUMBER: builtins.int
     REQUESTS_FIELD_NUMBER: builtins.int
+    WAITING_BLOCKS_FIELD_NUMBER: builtins.int
+    MAX_WAITING_BLOCKS_FIELD_NUMBER: builtins.int
     running: builtins.int
     """Sequences that hold KV blocks and take part in steps."""
     waiting: builtins.int
@@ -1467,6 +1484,10 @@ class GetLoadResponse(google.protobuf.message.Message):
     """Whether the worker is shutting down and refuses new work."""
     requests: builtins.int
     """Requests admitted and not yet ended, those still being tokenized included."""
+    waiting_blocks: builtins.int
+    """KV blocks that the prompts of the waiting requests need, as the limit counts them."""
+    max_waiting_blocks: builtins.int
+    """Limit of waiting_blocks (--max-waiting-kv times total_blocks). 0 where the engine has no blocks."""
     def __init__(
         self,
         *,
@@ -1484,8 +1505,10 @@ class GetLoadResponse(google.protobuf.message.Message):
         preemptions: builtins.int = ...,
         is_draining: builtins.bool = ...,
         requests: builtins.int = ...,
+        waiting_blocks: builtins.int = ...,
+        max_waiting_blocks: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "free_blocks", b"free_blocks", "generated_tokens", b"generated_tokens", "is_draining", b"is_draining", "max_running", b"max_running", "max_waiting", b"max_waiting", "max_waiting_tokens", b"max_waiting_tokens", "preemptions", b"preemptions", "requests", b"requests", "running", b"running", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "free_blocks", b"free_blocks", "generated_tokens", b"generated_tokens", "is_draining", b"is_draining", "max_running", b"max_running", "max_waiting", b"max_waiting", "max_waiting_blocks", b"max_waiting_blocks", "max_waiting_tokens", b"max_waiting_tokens", "preemptions", b"preemptions", "requests", b"requests", "running", b"running", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting", "waiting_blocks", b"waiting_blocks", "waiting_tokens", b"waiting_tokens"]) -> None: ...
 
 Global___GetLoadResponse: typing_extensions.TypeAlias = GetLoadResponse
 

@@ -80,9 +80,10 @@ class GenerationServiceServicer(object):
 
         Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model; a
         stream to resume that is unknown here, expired or another key's), OUT_OF_RANGE (messages to resume that are no
-        longer kept), ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo (queue, slots or token budget
-        full), UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read for
-        --send-timeout-seconds; or, with the reason TAKEN_OVER, another call resumed the stream), INTERNAL (this request
+        longer kept), ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo and one of the reasons QUEUE_FULL
+        (slots and queue), TOKEN_BUDGET (the queue's prompt tokens, or their KV blocks), WOULD_MISS_DEADLINE and KEY_LIMIT
+        (the caller's own limits), UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read
+        for --send-timeout-seconds; or, with the reason TAKEN_OVER, another call resumed the stream), INTERNAL (this request
         failed; others are unharmed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
