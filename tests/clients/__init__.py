@@ -3,4 +3,5 @@
 import pytest
 
 # so that their assertions explain themselves, as those of test modules do
-pytest.register_assert_rewrite("tests.clients.contract", "tests.clients.foreign_process")
+for module in ("contract", "foreign_process", "installation"):
+    pytest.register_assert_rewrite(f"tests.clients.{module}")

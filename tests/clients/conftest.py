@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from pytest_asyncio import is_async_test
 
+from edge.api_keys import ApiKey, digest_of, line_of
 from tests.clients import node_clients as node
+from tests.clients.installation import INSTALL_SECONDS
 from tests.edge.fixtures import edge, http, shared_edge, shared_worker, target, worker
-from tests.integration.stack import Stack, running_stack
+from tests.integration.stack import LoggedProcess, Stack, running_stack
 
 __all__ = ["edge", "http", "shared_edge", "shared_worker", "target", "worker"]
 
@@ -23,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if is_async_test(item):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
         if "node_clients" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(node.INSTALL_SECONDS + 120))
+            item.add_marker(pytest.mark.timeout(INSTALL_SECONDS + 120))
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +37,22 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def slow_stack() -> Iterator[Stack]:
-    """Room for one sequence and no queue, and 50 tokens a second: what goes on has not ended by itself."""
+    """Room for one sequence, no queue, 50 tokens a second: what goes on has not ended by itself."""
     flags = {"step_milliseconds": 20, "max_running": 1, "max_waiting": 0}
     with running_stack(flags, worker_module="inference_worker.scripted_model") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def locked_url(slow_stack: Stack) -> Iterator[str]:
+    """An edge that asks for a key."""
+    keys = line_of(ApiKey("tests", (digest_of("sluice_a-key"),)))
+    flags = {"host": "127.0.0.1", "port": 0, "worker": slow_stack.worker_address, "api_keys": keys}
+    edge = LoggedProcess("edge", flags)
+    try:
+        yield f"http://127.0.0.1:{edge.wait_for_line(event='edge listening')['port']}"
+    finally:
+        assert edge.stop() == 0
 
 
 @pytest.fixture(scope="session")

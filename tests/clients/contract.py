@@ -6,6 +6,7 @@ A test module subclasses `ClientContract` and says how its client is used and wh
 from __future__ import annotations
 
 import asyncio
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class Errors:
     """The client's own class for each failure; `midway` is one after the first text."""
 
     bad_field: str
+    wrong_key: str
     no_such_model: str
     overloaded: str
     midway: str
@@ -96,6 +98,7 @@ class ClientContract:
 
     finish_reasons: ClassVar[tuple[str, str]] = ("stop", "length")
     errors: ClassVar[Errors]
+    overloaded_status: ClassVar[int] = 429
 
     def test_streamed_it_is_the_same(self, client: Client, stack: Stack) -> None:
         whole = client.ask(Question(stack.url))
@@ -123,17 +126,23 @@ class ClientContract:
 
     @pytest.mark.parametrize("way", ["ask", "stream"])
     def test_a_bad_field(self, client: Client, stack: Stack, way: str) -> None:
-        with self.raising(self.errors.bad_field, "temperature"):
+        with self.raising(self.errors.bad_field, 400, "temperature"):
             getattr(client, way)(Question(stack.url, temperature=200.0))
 
     @pytest.mark.parametrize("way", ["ask", "stream"])
+    def test_a_wrong_key(self, client: Client, locked_url: str, way: str) -> None:
+        with self.raising(self.errors.wrong_key, 401, "key"):
+            getattr(client, way)(Question(locked_url, key="sluice_another-key"))
+
+    @pytest.mark.parametrize("way", ["ask", "stream"])
     def test_a_model_that_is_not_served(self, client: Client, stack: Stack, way: str) -> None:
-        with self.raising(self.errors.no_such_model, "gpt-99"):
+        with self.raising(self.errors.no_such_model, 404, "gpt-99"):
             getattr(client, way)(Question(stack.url, model="gpt-99"))
 
     @pytest.mark.parametrize("way", ["ask", "stream"])
     def test_overload(self, client: Client, slow_stack: Stack, way: str) -> None:
-        with occupied(slow_stack), self.raising(self.errors.overloaded):
+        refusal = self.raising(self.errors.overloaded, self.overloaded_status)
+        with occupied(slow_stack), refusal:
             getattr(client, way)(Question(slow_stack.url))
 
     def test_leaving_frees_the_sequence(self, client: Client, slow_stack: Stack) -> None:
@@ -150,14 +159,29 @@ class ClientContract:
             await asyncio.to_thread(client.stream, Question(edge.url))
 
     @contextmanager
-    def raising(self, name: str, told: str = "") -> Iterator[None]:
-        """The block must raise the client's own class of this name, whose message tells so."""
+    def raising(self, name: str, status: int | None = None, told: str = "") -> Iterator[None]:
+        """The block must raise the client's own class of this name, with this status, telling so."""
         with pytest.raises(Exception) as caught:  # noqa: PT011  # the class is compared by name
             yield
         error = caught.value
         raised = error.name if isinstance(error, ForeignError) else type(error).__name__
         assert raised == name, error
-        assert told in str(error)
+        assert told in message_of(error)
+        if status is not None:
+            assert status_of(error) == status
+
+
+def message_of(error: Exception) -> str:
+    """All that the error tells in words."""
+    return json.dumps(error.fields) if isinstance(error, ForeignError) else str(error)
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that the error tells."""
+    if isinstance(error, ForeignError):
+        return error.status
+    status: int | None = getattr(error, "status_code", None)
+    return status or getattr(getattr(error, "response", None), "status_code", None)
 
 
 @contextmanager

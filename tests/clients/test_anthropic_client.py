@@ -7,19 +7,81 @@ from typing import Any
 
 import pytest
 
-from tests.integration.stack import Stack, running_stack
+from tests.clients.contract import (
+    Answer,
+    Client,
+    ClientContract,
+    Errors,
+    Question,
+    occupied,
+)
+from tests.integration.stack import Stack
 
 anthropic = pytest.importorskip("anthropic")
 
 COUNT = {"role": "user", "content": "Count to 10"}
 ANSWER = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
-STORY = {"role": "user", "content": "Tell me a story"}
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack({"max_running": 2, "max_waiting": 0}) as stack:
-        yield stack
+class Anthropic(Client):
+    """The synchronous client."""
+
+    def ask(self, question: Question) -> Answer:
+        with self._connect(question) as client:
+            return self._answer(client.messages.create(**self._body(question)))
+
+    def stream(self, question: Question) -> Answer:
+        with (
+            self._connect(question) as client,
+            client.messages.stream(**self._body(question)) as stream,
+        ):
+            joined = "".join(stream.text_stream)
+            answer = self._answer(stream.get_final_message())
+        assert joined == answer.text
+        return answer
+
+    def leave(self, question: Question) -> str:
+        with (
+            self._connect(question) as client,
+            client.messages.stream(**self._body(question)) as stream,
+        ):
+            return str(next(iter(stream.text_stream)))
+
+    def _connect(self, question: Question) -> Any:
+        return anthropic.Anthropic(base_url=question.url, api_key=question.key, max_retries=0)
+
+    def _body(self, question: Question) -> Any:
+        return {
+            "model": question.model,
+            "messages": [{"role": "user", "content": question.content}],
+            "max_tokens": question.max_tokens,
+            "extra_body": {"temperature": question.temperature},  # newer SDKs name it no more
+        }
+
+    def _answer(self, message: Any) -> Answer:
+        usage = message.usage
+        return Answer(
+            "".join(block.text for block in message.content),
+            message.stop_reason,
+            usage.input_tokens + usage.cache_read_input_tokens,
+            usage.output_tokens,
+        )
+
+
+class TestAnthropic(ClientContract):
+    finish_reasons = ("end_turn", "max_tokens")
+    overloaded_status = 529
+    errors = Errors(
+        bad_field="BadRequestError",
+        wrong_key="AuthenticationError",
+        no_such_model="NotFoundError",
+        overloaded="OverloadedError",
+        midway="APIStatusError",
+    )
+
+    @pytest.fixture
+    def client(self) -> Anthropic:
+        return Anthropic()
 
 
 @pytest.fixture
@@ -37,16 +99,6 @@ def test_an_answer_whole(client: Any) -> None:
     usage = message.usage
     assert usage.input_tokens + usage.cache_read_input_tokens > 5
     assert usage.output_tokens > 10
-
-
-def test_a_stream_is_the_same(client: Any) -> None:
-    whole = client.messages.create(model="default", max_tokens=100, messages=[COUNT])
-    with client.messages.stream(model="default", max_tokens=100, messages=[COUNT]) as stream:
-        assert "".join(stream.text_stream) == ANSWER
-        final = stream.get_final_message()
-    assert final.content[0].text == ANSWER
-    assert final.stop_reason == "end_turn"
-    assert final.usage.output_tokens == whole.usage.output_tokens
 
 
 def test_the_events_and_their_order(client: Any) -> None:
@@ -102,25 +154,15 @@ def test_each_refusal_is_its_own_exception(client: Any) -> None:
         ask(messages=[{"role": "user", "content": [block]}])
 
 
-def test_overload_is_a_529(client: Any, stack: Stack) -> None:
-    hogs = [
-        client.messages.create(model="default", max_tokens=1500, messages=[STORY], stream=True)
-        for _ in range(2)
-    ]
-    with pytest.raises(anthropic.APIStatusError) as refused:
+def test_overload_says_when_to_come_again(slow_stack: Stack) -> None:
+    with (
+        occupied(slow_stack),
+        anthropic.Anthropic(base_url=slow_stack.url, api_key="none", max_retries=0) as client,
+        pytest.raises(anthropic.APIStatusError) as refused,
+    ):
         client.messages.create(model="default", max_tokens=5, messages=[COUNT])
-    assert refused.value.status_code == 529
     assert refused.value.body["error"]["type"] == "overloaded_error"
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 5
-    for hog in hogs:
-        hog.close()
-    stack.wait_idle()
-
-
-def test_leaving_frees_the_sequence(client: Any, stack: Stack) -> None:
-    with client.messages.stream(model="default", max_tokens=1500, messages=[STORY]) as stream:
-        next(iter(stream.text_stream))
-    stack.wait_idle()
 
 
 async def test_the_asynchronous_client(stack: Stack) -> None:

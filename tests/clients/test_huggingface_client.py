@@ -1,17 +1,79 @@
 """huggingface_hub's InferenceClient, unchanged."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from huggingface_hub import AsyncInferenceClient
+from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
+from tests.clients.contract import Answer, Client, ClientContract, Errors, Question
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, failing, texts
 
 MESSAGES = [{"role": "user", "content": "x"}]
+
+
+class HuggingFace(Client):
+    """The synchronous client."""
+
+    def ask(self, question: Question) -> Answer:
+        with self._connect(question) as client:
+            answer = client.chat_completion(**self._body(question))
+        (choice,), usage = answer.choices, answer.usage
+        return Answer(
+            choice.message.content or "",
+            choice.finish_reason,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+        )
+
+    def stream(self, question: Question) -> Answer:
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        with self._connect(question) as client:
+            chunks = list(client.chat_completion(**self._body(question), **options))
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        usage = chunks[-1].usage
+        return Answer(
+            "".join(choice.delta.content or "" for choice in choices),
+            choices[-1].finish_reason,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+        )
+
+    def leave(self, question: Question) -> str:
+        with self._connect(question) as client:
+            for chunk in client.chat_completion(**self._body(question), stream=True):
+                if text := chunk.choices[0].delta.content:
+                    return str(text)
+        raise AssertionError("no text came")
+
+    def _connect(self, question: Question) -> InferenceClient:
+        return InferenceClient(base_url=question.url, api_key=question.key)
+
+    def _body(self, question: Question) -> Any:
+        return {
+            "messages": [{"role": "user", "content": question.content}],
+            "model": question.model,
+            "max_tokens": question.max_tokens,
+            "temperature": question.temperature,
+        }
+
+
+class TestHuggingFace(ClientContract):
+    errors = Errors(
+        bad_field="BadRequestError",
+        wrong_key="HfHubHTTPError",
+        no_such_model="HfHubHTTPError",
+        overloaded="HfHubHTTPError",
+        midway="UnknownError",
+    )
+
+    @pytest.fixture
+    def client(self) -> HuggingFace:
+        return HuggingFace()
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -19,6 +19,7 @@ def client(node_clients: NodeClients) -> Iterator[ForeignClient]:
 class TestOpenAI(ClientContract):
     errors = Errors(
         bad_field="BadRequestError",
+        wrong_key="AuthenticationError",
         no_such_model="NotFoundError",
         overloaded="RateLimitError",
         midway="APIError",

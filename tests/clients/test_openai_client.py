@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import openai
@@ -9,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.clients.contract import Answer, Client, ClientContract, Errors, Question
 from tests.edge.edge_process import PATIENCE, EdgeProcess
 from tests.edge.scripted_worker import (
     MODEL,
@@ -21,6 +23,70 @@ from tests.edge.scripted_worker import (
 )
 
 HELLO = "Hello wörld"
+
+
+class OpenAI(Client):
+    """The synchronous client, asked as the README does."""
+
+    def ask(self, question: Question) -> Answer:
+        with self._connect(question) as client:
+            completion = client.chat.completions.create(**self._body(question))
+        (choice,), usage = completion.choices, completion.usage
+        return Answer(
+            choice.message.content,
+            choice.finish_reason,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+        )
+
+    def stream(self, question: Question) -> Answer:
+        text, finish_reason, usage = "", "", None
+        with (
+            self._connect(question) as client,
+            client.chat.completions.create(
+                **self._body(question), stream=True, stream_options={"include_usage": True}
+            ) as stream,
+        ):
+            for chunk in stream:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    text += choice.delta.content or ""
+                    finish_reason = choice.finish_reason or finish_reason
+        assert usage
+        return Answer(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
+
+    def leave(self, question: Question) -> str:
+        with (
+            self._connect(question) as client,
+            client.chat.completions.create(**self._body(question), stream=True) as stream,
+        ):
+            texts = (choice.delta.content for chunk in stream for choice in chunk.choices)
+            return str(next(filter(None, texts)))
+
+    def _connect(self, question: Question) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{question.url}/v1", api_key=question.key, max_retries=0)
+
+    def _body(self, question: Question) -> Any:
+        return {
+            "model": question.model,
+            "messages": [{"role": "user", "content": question.content}],
+            "max_tokens": question.max_tokens,
+            "temperature": question.temperature,
+        }
+
+
+class TestOpenAI(ClientContract):
+    errors = Errors(
+        bad_field="BadRequestError",
+        wrong_key="AuthenticationError",
+        no_such_model="NotFoundError",
+        overloaded="RateLimitError",
+        midway="APIError",
+    )
+
+    @pytest.fixture
+    def client(self) -> OpenAI:
+        return OpenAI()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
