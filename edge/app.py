@@ -1,5 +1,6 @@
 """The ASGI application."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from edge.error_response import error_response
 from edge.errors import EdgeError
 from edge.gate import Gate, Gated
 from edge.info_endpoints import InfoEndpoints, json_response
+from edge.metrics import EdgeMetrics
 from edge.openapi import document
 from edge.operation import Operation
 from edge.request_log import RequestLog, record_of
@@ -40,10 +42,15 @@ class Apps:
 
 def create_apps(settings: EdgeSettings, drain: Drain, gate: Gate) -> Apps:
     """The routes, with the workers' channels open while the public application runs."""
-    workers = WorkerPool(settings)
+    metrics = EdgeMetrics()
+    workers = WorkerPool(settings, metrics)
+    metrics.generations.set_function(drain.count)
+    metrics.workers.set_function(workers.count)
+    metrics.workers_ready.set_function(workers.count_serving)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001
+        metrics.watch_loop(asyncio.get_running_loop())
         await workers.start()
         try:
             yield
@@ -51,18 +58,22 @@ def create_apps(settings: EdgeSettings, drain: Drain, gate: Gate) -> Apps:
             await workers.close()
 
     table = operations(workers, drain, settings, gate)
-    asked = probes.operations(InfoEndpoints(workers, drain))
+    asked = probes.operations(InfoEndpoints(workers, drain), metrics)
     has_admin = settings.admin_port is not None
     if not has_admin:
         table += asked
     table.append(_document_operation(table, gate))
     pages = playground.routes() if settings.playground else []
     public = _app(
-        [*(_route(entry, gate) for entry in table), *pages], _middleware(settings), lifespan
+        [*(_route(entry, gate) for entry in table), *pages],
+        _middleware(settings, metrics),
+        lifespan,
     )
     if not has_admin:
         return Apps(public, None)
-    return Apps(public, _app([_route(entry, None) for entry in asked], [Middleware(RequestLog)]))
+    return Apps(
+        public, _app([_route(entry, None) for entry in asked], [Middleware(RequestLog, metrics)])
+    )
 
 
 def _app(
@@ -101,8 +112,8 @@ def _document_operation(table: list[Operation], gate: Gate) -> Operation:
     return operation
 
 
-def _middleware(settings: EdgeSettings) -> list[Middleware]:
-    middleware = [Middleware(RequestLog)]
+def _middleware(settings: EdgeSettings, metrics: EdgeMetrics) -> list[Middleware]:
+    middleware = [Middleware(RequestLog, metrics)]
     origins = settings.allowed_origins()
     if origins:
         # Outermost, so that a browser may read every answer, a 429 or 500 of the log's middleware too.

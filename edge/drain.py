@@ -20,6 +20,10 @@ class Drain:
         self.is_stopping = False
         self._is_refusing = False
 
+    def count(self) -> int:
+        """Generations that run."""
+        return len(self._running)
+
     @contextlib.contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
         """Holds the shutdown back while a generation runs; raises a 503 when it has begun."""

@@ -68,6 +68,7 @@ class EventStream:
         pinging = asyncio.create_task(self._ping_forever(generation), name="heartbeat")
         try:
             started = await generation.open(workers)
+            self._record.started()
             await self._write(b"".join(map(encoder.encode, range(len(started)), started)))
             has_token = False
             while (item := await generation.read()) is not None:
@@ -104,12 +105,14 @@ class EventStream:
                 elif self._writing.locked():  # an event waits for its reader
                     await asyncio.sleep(self._timing.heartbeat_seconds)
                 else:
+                    self._record.metrics.heartbeats.inc()
                     await self._write(self._encoder.ping)
         except ClientGoneError as reason:
             generation.stop(reason)
 
     async def _write(self, data: bytes, is_last: bool = False) -> None:
         connection = self._connection
+        self._record.sent_bytes += len(data)
         if self._is_begun and not data and not is_last:  # the ping of a format that has none
             self._last_write = self._clock()
             return
@@ -152,6 +155,7 @@ class EventStream:
                 await send(message)
         except TimeoutError:
             self._record.fields["finish"] = "send_timeout"
+            self._record.metrics.slow_readers.inc()
             if connection is not None:
                 connection.abort()
             raise ClientGoneError from None

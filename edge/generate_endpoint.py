@@ -58,7 +58,7 @@ class GenerateEndpoint:
                     for message in parsed.requests:
                         message.caller.CopyFrom(caller)
                 generation = Generation(parsed.requests, parsed.field_name)
-                with self._drain.running(generation), _watched(receive, generation):
+                with self._drain.running(generation), _watched(receive, generation, record):
                     await self._generate(parsed, generation, scope, receive, send)
             except EdgeError as error:
                 record.error(error)
@@ -93,7 +93,9 @@ class GenerateEndpoint:
     async def _collect(
         self, generation: Generation, collector: Collector, record: RequestRecord
     ) -> bytes:
-        for prompt, message in enumerate(await generation.open(self._workers)):
+        started = await generation.open(self._workers)
+        record.started()
+        for prompt, message in enumerate(started):
             collector.add(prompt, message)
         while (item := await generation.read()) is not None:
             if item[1].HasField("delta"):
@@ -103,13 +105,14 @@ class GenerateEndpoint:
 
 
 @contextlib.contextmanager
-def _watched(receive: Receive, generation: Generation) -> Iterator[None]:
+def _watched(receive: Receive, generation: Generation, record: RequestRecord) -> Iterator[None]:
     """Stops the generation when the client leaves. Only `receive` tells; sending to nobody succeeds."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         generation.stop(ClientGoneError())
+        record.client_left()
 
     watcher = asyncio.create_task(watch(), name="disconnect watcher")
     try:

@@ -47,6 +47,11 @@ class Connection:
         return not self._protocol.flow.write_paused
 
     @property
+    def closed_at(self) -> float | None:
+        """When the client ended it, in the event loop's seconds."""
+        return self._protocol.closed_at
+
+    @property
     def is_surplus(self) -> bool:
         """Whether the server had too many connections when this one came, and still has."""
         return self._protocol.is_surplus
@@ -95,6 +100,8 @@ class StreamProtocol(HttpToolsProtocol):
         self._came_beyond_limit = False
         # When the last response ended, if nothing came since.
         self._idle_since: float | None = None
+        # When the first sign of it came.
+        self.closed_at: float | None = None
 
     def connection_made(  # type: ignore[override]  # as uvicorn has it
         self, transport: asyncio.Transport
@@ -106,6 +113,7 @@ class StreamProtocol(HttpToolsProtocol):
         self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._note_closed()
         self._stop_read_timer()
         super().connection_lost(exc)
 
@@ -134,7 +142,12 @@ class StreamProtocol(HttpToolsProtocol):
         min(idle)[2].transport.close()
         return True
 
+    def _note_closed(self) -> None:
+        if self.closed_at is None:
+            self.closed_at = self.loop.time()
+
     def eof_received(self) -> None:
+        self._note_closed()
         # A client that half-closes has gone as far as a stream is concerned. Closing would first wait for it to read
         # what is buffered, so abort; with no response running, uvicorn's plain close is right.
         self.abort_if_running()
@@ -157,6 +170,7 @@ class StreamProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self._is_response_running():
             self._is_refusing = True
+            self._note_closed()
             self.transport.abort()
         super().on_message_begin()
         self._connection = Connection(self)

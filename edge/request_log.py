@@ -1,5 +1,6 @@
 """One id and one log line for each request."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -13,12 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.error_response import error_response
 from edge.errors import EdgeError, overloaded, server_error
+from edge.metrics import PHASES, EdgeMetrics
 from edge.protocol import EXTENSION, Connection
 
 CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Asked every few seconds by orchestrators, who must get their answer however many others are connected.
-_PROBES = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+# Asked every few seconds by orchestrators and scrapers, who must get their answer however many others are connected.
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
 _MAX_DETAILS = 500
 _STATE_KEY = "sluice_record"
 _log = structlog.get_logger("edge.request")
@@ -32,24 +34,44 @@ class RequestRecord:
     client_request_id: str | None
     # Sends past the middleware, which has nothing to do with what follows the head of a response.
     send_body: Send
+    metrics: EdgeMetrics
+    connection: Connection | None = None
     begun: float = field(default_factory=time.monotonic)
     status: int | None = None
     is_client_gone: bool = False
     # Whether somebody should look into it.
     is_failure: bool = False
+    # How far its generation came; one of the metrics' phases.
+    phase: str = PHASES[0]
+    sent_bytes: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
 
     def seconds(self) -> float:
         """Since the request came."""
         return round(time.monotonic() - self.begun, 6)
 
+    def started(self) -> None:
+        """Notes that the worker admitted the request."""
+        self.phase = PHASES[1]
+
+    def client_left(self) -> None:
+        """Notes that the calls are cancelled since the client closed its connection."""
+        closed_at = self.connection.closed_at if self.connection else None
+        if closed_at is not None:
+            seconds = asyncio.get_running_loop().time() - closed_at
+            self.metrics.cancelled(self.phase, seconds)
+
     def first_token(self) -> None:
         """Notes the time to the first token, once."""
-        self.fields.setdefault("ttft", self.seconds())
+        if "ttft" not in self.fields:
+            self.fields["ttft"] = seconds = self.seconds()
+            self.phase = PHASES[2]
+            self.metrics.first_token(seconds)
 
     def error(self, error: EdgeError) -> None:
         """Notes how the request failed."""
         self.fields["error"] = error.type
+        self.metrics.failed(error.type)
         if error.param is not None:
             self.fields["param"] = error.param
         if error.grpc_code is not None:
@@ -75,8 +97,9 @@ class RequestLog:
     ids that the edge made, since a client may send the same one twice.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: EdgeMetrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,6 +111,8 @@ class RequestLog:
             request_id=connection.request_id if connection else f"req-{uuid.uuid4().hex}",
             client_request_id=given if _CLIENT_ID.fullmatch(given) else None,
             send_body=connection.sender() if connection else send,
+            metrics=self._metrics,
+            connection=connection,
         )
         scope.setdefault("state", {})[_STATE_KEY] = record
         shown = record.client_request_id or record.request_id
@@ -100,6 +125,8 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = shown
                 headers["request-id"] = shown
+            else:
+                record.sent_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
@@ -136,12 +163,16 @@ class RequestLog:
     @staticmethod
     def _write(scope: Scope, record: RequestRecord, connection: Connection | None) -> None:
         route = scope.get("route")
-        is_gone = record.is_client_gone or record.status is None
-        status = CLIENT_CLOSED_REQUEST if is_gone else record.status
+        status = record.status or CLIENT_CLOSED_REQUEST
+        if record.is_client_gone:
+            status = CLIENT_CLOSED_REQUEST
         if connection is not None:
             status = connection.refused_status or status
             if connection.finish is not None:
                 record.fields["finish"] = connection.finish
+        seconds = record.seconds()
+        path = getattr(route, "path", None)
+        record.metrics.answered(path, scope["method"], status, seconds, record.sent_bytes)
         write = _log.debug if scope["path"] in _PROBES else _log.info
         if record.is_failure:
             write = _log.warning
@@ -150,8 +181,8 @@ class RequestLog:
             request_id=record.request_id,
             client_request_id=record.client_request_id,
             method=scope["method"],
-            route=getattr(route, "path", None),
+            route=path,
             status=status,
-            duration=record.seconds(),
+            duration=seconds,
             **record.fields,
         )

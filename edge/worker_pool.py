@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from edge.errors import EdgeError, unavailable
+from edge.metrics import EdgeMetrics
 from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
 from edge.worker_targets import is_name, resolve, split_targets
@@ -35,8 +36,9 @@ class WorkerPool:
     All workers serve the same model: any of them answers for it.
     """
 
-    def __init__(self, settings: EdgeSettings) -> None:
+    def __init__(self, settings: EdgeSettings, metrics: EdgeMetrics) -> None:
         self.settings = settings
+        self.metrics = metrics
         targets = split_targets(settings.worker)
         self._names = [target for target in targets if is_name(target)]
         self._fixed = [target for target in targets if not is_name(target)]
@@ -64,6 +66,14 @@ class WorkerPool:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await asyncio.gather(*(client.close() for client in self._all()))
+
+    def count(self) -> int:
+        """Workers that are known."""
+        return len(self._clients)
+
+    def count_serving(self) -> int:
+        """Workers that take work."""
+        return sum(client.is_serving for client in self._clients.values())
 
     @property
     def is_serving(self) -> bool:

@@ -56,6 +56,7 @@ class WorkerStream:
                 other = self._other(worker, error)
                 if other is None:
                     raise
+                self._workers.metrics.retries.inc()
                 worker = other
 
     def _generate(self, worker: WorkerClient) -> GenerateCall:

@@ -28,6 +28,7 @@ from inference_worker.generate_request import Limits, Reading
 from inference_worker.generate_response import StreamWriter, unstarted_endings
 from inference_worker.grammar.compiler import GrammarCompiler
 from inference_worker.grammar.source import GrammarSource
+from inference_worker.metrics import WorkerMetrics
 from inference_worker.prompt import PromptReader
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
@@ -49,6 +50,7 @@ class Backend:
     engine: ServingEngine
     registry: Registry
     heartbeat_seconds: float
+    metrics: WorkerMetrics
 
 
 class Generation:
@@ -199,6 +201,7 @@ class Generation:
 
     def _write(self, events: Sequence[Event]) -> Iterator[pb.GenerateResponse]:
         if not events and self._is_started:  # the header is always first
+            self._backend.metrics.heartbeats.inc()
             yield self._writer.heartbeat()
         for event in events:
             match event:

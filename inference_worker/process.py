@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
+from inference_worker.metrics import WorkerMetrics
+from inference_worker.metrics_server import MetricsServer
 from inference_worker.request_log import configure_logging, flush_log, get_logger
 from inference_worker.served_model import Served
 from inference_worker.server import AddressUnusable, Server
@@ -57,6 +59,8 @@ class _Process:
         self._stopping = asyncio.Event()  # a signal came, or the engine crashed
         self._is_ready = False
         self._has_crashed = False
+        self._metrics = WorkerMetrics()
+        self._metrics_server = MetricsServer(self._metrics.registry)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -65,13 +69,15 @@ class _Process:
         server = Server(self._settings)
         try:
             server.bind()
+            self._serve_metrics()
         except AddressUnusable as error:
             print(f"{PROGRAM}: {error}", file=sys.stderr)
             return _EXIT_FAILURE
         served = await self._load()
         if served is None:
             return _EXIT_FAILURE
-        worker = Worker(served, self._settings, self._on_crash)
+        self._metrics.watch_loop(loop)
+        worker = Worker(served, self._settings, self._on_crash, self._metrics)
         worker.start()
         await server.start(worker)
         self._is_ready = True
@@ -81,6 +87,18 @@ class _Process:
         self._tell_ready(server, served, worker)
         await self._stopping.wait()
         return await self._stop(server, worker)
+
+    def _serve_metrics(self) -> None:
+        """From now on: how the loading goes is worth knowing too. Raises: AddressUnusable."""
+        host, port = self._settings.metrics_host, self._settings.metrics_port
+        if port is None:
+            return
+        try:
+            self._metrics_server.bind(host, port)
+        except OSError as error:
+            raise AddressUnusable(
+                f"cannot listen on {host} port {port} for metrics: {error.strerror}"
+            ) from error
 
     async def _load(self) -> Served | None:
         """Load on a thread, so that signals are heard meanwhile."""
@@ -102,6 +120,7 @@ class _Process:
         get_logger().info(
             "ready",
             address=server.address,
+            metrics_port=self._metrics_server.port,
             model=served.info.name,
             aliases=self._settings.model_aliases,
             context_length=worker.context_length,

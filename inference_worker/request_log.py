@@ -14,7 +14,15 @@ from typing import Any, Final
 import structlog
 from google.protobuf import json_format
 
-from inference_worker.engine.event import Delta, Event, Finished, Scheduled, Started
+from inference_worker.engine.event import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Scheduled,
+    Started,
+)
+from inference_worker.request_metrics import RequestMetrics
 from protos.sluice.v1 import generation_pb2 as pb
 
 Logger = structlog.typing.FilteringBoundLogger
@@ -125,14 +133,18 @@ def get_logger() -> Logger:
 
 
 class RequestRecord:
-    """Collects what the line of one request says."""
+    """Collects what the line and the metrics of one request say."""
 
-    def __init__(self, message: pb.GenerateRequest, *, logs_prompts: bool) -> None:
+    def __init__(
+        self, message: pb.GenerateRequest, metrics: RequestMetrics, *, logs_prompts: bool
+    ) -> None:
+        self._metrics = metrics
         self._began = time.monotonic()
         # Not checked yet, so that a bad one may have any length.
         self._fields: dict[str, Any] = {"request_id": message.request_id[:_ID_CHARS] or None}
         self._phase = "admission"
         self._finish_reasons: dict[int, str] = {}
+        self._last_reason: FinishReason | None = None
         self._completion_tokens = 0
         self._texts: defaultdict[int, list[str]] | None = None
         if logs_prompts:
@@ -159,6 +171,7 @@ class RequestRecord:
                 self._fields["cached_tokens"] = event.cached_tokens
             case Scheduled():
                 self._phase = "prefill"
+                self._metrics.scheduled()
             case Delta():
                 self._note_delta(event)
             case Finished():
@@ -166,8 +179,11 @@ class RequestRecord:
             case _:
                 pass
 
-    def write(self, status: str, **facts: object) -> None:
-        """Write the line; `status` is the gRPC status of the call."""
+    def write(self, status: str, reason: str | None = None, **facts: object) -> None:
+        """Write the line; `status` is the gRPC status of the call, `reason` that of its error."""
+        self._metrics.ended(status, reason, self._last_reason)
+        if reason is not None:
+            facts["reason"] = reason
         fields = self._fields | {
             "status": status,
             "phase": self._phase,  # how far it came
@@ -183,12 +199,14 @@ class RequestRecord:
         if delta.is_prompt:
             return
         self._phase = "decode"
+        self._metrics.delta(delta.choice_index)
         self._completion_tokens += len(delta.tokens)
         if self._texts is not None:
             self._texts[delta.choice_index].append(delta.text)
 
     def _note_finished(self, finished: Finished) -> None:
         self._finish_reasons[finished.choice_index] = finished.reason.name
+        self._last_reason = finished.reason
         if (usage := finished.usage) is not None:
             self._phase = "finished"
             self._completion_tokens = usage.completion_tokens

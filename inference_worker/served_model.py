@@ -8,6 +8,7 @@ from typing import Protocol
 
 from inference_worker.engine.engine import Engine, EngineOptions
 from inference_worker.engine.engine_thread import EngineThread
+from inference_worker.engine.observer import Observer
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.runner import Runner
 from inference_worker.engine.serving import ServingEngine
@@ -54,7 +55,10 @@ class Served(Protocol):
         ...
 
     def new_engine(
-        self, settings: WorkerSettings, on_crash: Callable[[BaseException], None]
+        self,
+        settings: WorkerSettings,
+        on_crash: Callable[[BaseException], None],
+        observer: Observer,
     ) -> ServingEngine:
         """The engine that runs it; there is one."""
         ...
@@ -76,7 +80,10 @@ class ServedModel:
         """Whatever is valid is honoured."""
 
     def new_engine(
-        self, settings: WorkerSettings, on_crash: Callable[[BaseException], None]
+        self,
+        settings: WorkerSettings,
+        on_crash: Callable[[BaseException], None],
+        observer: Observer,
     ) -> EngineThread:
         options = EngineOptions(
             max_running=settings.max_running,
@@ -84,4 +91,5 @@ class ServedModel:
             context_length=self.context_length,
             prefix_cache=settings.prefix_cache,
         )
-        return EngineThread(Engine(self.runner, self.tokenizer.new_detokenizer, options), on_crash)
+        engine = Engine(self.runner, self.tokenizer.new_detokenizer, options)
+        return EngineThread(engine, on_crash, observer)

@@ -289,6 +289,22 @@ class WorkerSettings(BaseSettings):
         json_schema_extra=unit("seconds"),
     )
 
+    # --- metrics
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port where Prometheus finds /metrics over HTTP; 0 takes a free one and tells it in the ready "
+        "line. Unset: nowhere.",
+        json_schema_extra=unit("port"),
+    )
+    metrics_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address of --metrics-port.",
+        json_schema_extra=unit("address"),
+    )
+
     # --- the log
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",

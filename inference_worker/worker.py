@@ -26,9 +26,12 @@ from inference_worker.generation import Backend, Generation
 from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler
 from inference_worker.kept_stream import KeptStream
 from inference_worker.kept_streams import KeptStreams, ReplayLimits, read_terms
+from inference_worker.load_metrics import LoadMetrics
+from inference_worker.metrics import WorkerMetrics
 from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
+from inference_worker.request_metrics import RequestMetrics
 from inference_worker.served_model import Served
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
@@ -49,12 +52,14 @@ class Worker:
         served: Served,
         settings: WorkerSettings,
         on_crash: Callable[[BaseException], None],
+        metrics: WorkerMetrics | None = None,
     ) -> None:
         self._served = served
         self._settings = settings
         self._loaded_at = time.time_ns()
         self.context_length = served.context_length
-        self._engine = served.new_engine(settings, on_crash)
+        self.metrics = metrics or WorkerMetrics()
+        self._engine = served.new_engine(settings, on_crash, self.metrics)
         self._registry = Registry()
         self._prompts = PromptReader(served.tokenizer, served.info.vocabulary_size)
         self._grammars = GrammarCompiler(
@@ -63,6 +68,7 @@ class Worker:
             CompilerLimits(
                 settings.grammar_seconds, settings.grammar_cache, settings.grammar_token_ms / 1e3
             ),
+            self.metrics.compiled,
         )
         self._kept = KeptStreams(
             ReplayLimits(
@@ -73,6 +79,8 @@ class Worker:
                 settings.replay_total_bytes,
             )
         )
+        self.metrics.replay_streams.set_function(lambda: len(self._kept))
+        self.metrics.replay_bytes.set_function(lambda: self._kept.num_bytes)
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(
@@ -82,6 +90,11 @@ class Worker:
                 total_blocks=self._engine.load.total_blocks,
                 block_size=self._engine.load.block_size,
                 max_waiting_kv=settings.max_waiting_kv,
+            )
+        )
+        self.metrics.registry.register(
+            LoadMetrics(
+                served.info, self.context_length, self._admission, lambda: self._engine.load
             )
         )
         self._backend = Backend(
@@ -98,6 +111,7 @@ class Worker:
             engine=self._engine,
             registry=self._registry,
             heartbeat_seconds=settings.heartbeat_seconds,
+            metrics=self.metrics,
         )
 
     @property
@@ -157,6 +171,7 @@ class Worker:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = None
         status = "CANCELLED"  # the reader went away
+        outcome = "resumed"
         try:
             refuse_unknown_fields(message, "")
             read_caller(message)
@@ -175,14 +190,18 @@ class Worker:
             status = "OK"
         except SluiceError as error:
             status = status_of(error).code.name
+            outcome = status_of(error).reason.lower()
             raise
         finally:
+            self.metrics.resumed(outcome)
             get_logger().info("resume", request_id=request_id, status=status)
 
     async def _generate(
         self, message: pb.GenerateRequest, deadline: float | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        record = RequestRecord(message, logs_prompts=self._settings.log_prompts)
+        record = RequestRecord(
+            message, RequestMetrics(self.metrics), logs_prompts=self._settings.log_prompts
+        )
         try:
             async with aclosing(self._admit_and_run(message, record, deadline)) as messages:
                 async for response in messages:

@@ -2,10 +2,11 @@
 
 from edge import response_schema as shape
 from edge.info_endpoints import InfoEndpoints
+from edge.metrics import EdgeMetrics
 from edge.operation import Operation
 
 
-def operations(info: InfoEndpoints) -> list[Operation]:
+def operations(info: InfoEndpoints, metrics: EdgeMetrics) -> list[Operation]:
     """Their rows."""
     return [
         Operation(
@@ -26,5 +27,14 @@ def operations(info: InfoEndpoints) -> list[Operation]:
             (),
             other_answers={503: "Not ready; the body says why."},
             is_open=True,
+        ),
+        Operation(
+            "GET",
+            "/metrics",
+            metrics.show,
+            "What Prometheus scrapes.",
+            None,
+            (),
+            other_content={"text/plain": "Prometheus' text format."},
         ),
     ]

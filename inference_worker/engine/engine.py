@@ -26,6 +26,7 @@ from inference_worker.engine.event import (
     Token,
 )
 from inference_worker.engine.live_request import LiveRequest
+from inference_worker.engine.observer import Phase
 from inference_worker.engine.request import Request
 from inference_worker.engine.runner import OutOfMemory, Row, RowOutput, Runner
 from inference_worker.engine.scheduler import Scheduler
@@ -68,6 +69,8 @@ class Load:
     steps: int  # since the start, like the following
     generated_tokens: int
     preemptions: int
+    prompt_tokens: int = 0  # of requests that ran
+    cached_tokens: int = 0  # of those, found in the prefix cache
 
 
 class Engine:
@@ -96,6 +99,8 @@ class Engine:
         self._events: list[tuple[Request, Event]] = []
         self._num_steps = 0
         self._generated_tokens = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -112,6 +117,8 @@ class Engine:
             steps=self._num_steps,
             generated_tokens=self._generated_tokens,
             preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
         )
 
     def take_events(self) -> list[tuple[Request, Event]]:
@@ -153,6 +160,21 @@ class Engine:
                 self._emit_finished(live, self._unbegun_footer(live, reason))
         except Exception as error:  # in its text; nobody else's
             self._fail(live, error)
+
+    def phase_of(self, request: Request) -> Phase | None:
+        """How far a request came; None if it has ended."""
+        live = self._live.get(request.key)
+        return None if live is None else live.phase
+
+    def count_drawn(self, request: Request) -> int:
+        """Tokens drawn for a request; 0 if it has ended. Any thread may ask."""
+        live = self._live.get(request.key)
+        return 0 if live is None else live.num_completion_tokens
+
+    def count_pending(self, request: Request) -> int:
+        """Tokens that steps in flight draw for a request."""
+        live = self._live.get(request.key)
+        return 0 if live is None else sum(s.num_pending_tokens for s in live.sequences)
 
     def cancel_all(self, reason: FinishReason) -> None:
         """End every request."""
@@ -263,6 +285,8 @@ class Engine:
             if live.scheduled_at is None:
                 live.scheduled_at = now
                 live.num_cached_tokens = min(row.start, len(live.request.prompt))
+                self._prompt_tokens += len(live.request.prompt)
+                self._cached_tokens += live.num_cached_tokens
                 self._emit(live, Scheduled())
 
     def _advance(self, live: LiveRequest, row: Row, output: RowOutput) -> None:

@@ -6,15 +6,20 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from inference_worker.engine.engine import Engine, Load
 from inference_worker.engine.event import Event, FinishReason
 from inference_worker.engine.event_stream import EventStream, EventStreams
+from inference_worker.engine.observer import NoObserver, Observer
 from inference_worker.engine.request import Request
 
 Command = Callable[[Engine], None]
+
+# Reasons of a cancel that a caller brings about: it went away, or it aborted.
+_GIVEN_UP = (None, FinishReason.CANCELLED)
 
 
 class EngineThread:
@@ -24,10 +29,16 @@ class EngineThread:
     loop wakes once a step however many requests there are. All methods are for the loop's thread.
     """
 
-    def __init__(self, engine: Engine, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        on_crash: Callable[[BaseException], None],
+        observer: Observer | None = None,
+    ) -> None:
         """`on_crash` is called on the loop, once, if the engine itself fails; every stream has got Failed then."""
         self._engine = engine
         self._on_crash = on_crash
+        self._observer: Observer = observer or NoObserver()
         self._load = engine.load()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams = EventStreams()
@@ -65,7 +76,13 @@ class EngineThread:
         """
         if reason is None:
             self._streams.drop(request)
-        self._commands.put(lambda engine: engine.cancel(request, reason))
+        if reason in _GIVEN_UP:
+            came_at, drawn = time.monotonic(), self._engine.count_drawn(request)
+            self._commands.put(
+                lambda engine: self._give_up(engine, request, reason, came_at, drawn)
+            )
+        else:
+            self._commands.put(lambda engine: engine.cancel(request, reason))
 
     async def stop(self) -> None:
         """End every request with SHUTDOWN, then the thread."""
@@ -79,7 +96,9 @@ class EngineThread:
             while self._drain():
                 self._hand_over()  # a header must not wait for the step that it precedes
                 if self._engine.has_work:
+                    began_at = time.monotonic()
                     self._engine.step()
+                    self._observer.stepped(time.monotonic() - began_at)
                     self._hand_over()
             self._engine.cancel_all(FinishReason.SHUTDOWN)
             self._hand_over()
@@ -99,6 +118,21 @@ class EngineThread:
                 return False
             command(self._engine)
             is_idle = False
+
+    def _give_up(
+        self,
+        engine: Engine,
+        request: Request,
+        reason: FinishReason | None,
+        came_at: float,
+        drawn: int,
+    ) -> None:
+        """Cancel for a caller who went away or aborted, `drawn` tokens after the beginning."""
+        if (phase := engine.phase_of(request)) is None:
+            return
+        wasted = engine.count_drawn(request) + engine.count_pending(request) - drawn
+        engine.cancel(request, reason)
+        self._observer.cancelled(phase, time.monotonic() - came_at, wasted)
 
     def _hand_over(self) -> None:
         self._load = self._engine.load()

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from inference_worker.engine.event import Timings, Token, Usage
+from inference_worker.engine.observer import Phase
 from inference_worker.engine.request import Request
 from inference_worker.engine.sequence import Sequence
 from inference_worker.engine.stop_strings import StopString
@@ -35,6 +36,13 @@ class LiveRequest:
         self.num_choices_left = len(self.unbegun)
         self.num_completion_tokens = self.request.continuation.num_tokens
         self.stop_strings = tuple(map(StopString, self.request.stopping.stop_sequences))
+
+    @property
+    def phase(self) -> Phase:
+        """How far it came."""
+        if self.first_token_at is not None:
+            return Phase.DECODE
+        return Phase.QUEUED if self.scheduled_at is None else Phase.PREFILL
 
     def prompt_tokens(self) -> list[Token]:
         """The prompt, scored if that was asked for. Complete once the leader has computed it."""

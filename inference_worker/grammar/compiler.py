@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -45,8 +46,16 @@ class GrammarCompiler:
     grammars take a millisecond or ten, and wait at most a moment for one that does not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, limits: CompilerLimits) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocabulary_size: int,
+        limits: CompilerLimits,
+        on_outcome: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_outcome` hears of each that is "compiled", "cached" (found compiled) or "refused"."""
         self._limits = limits
+        self._on_outcome = on_outcome or (lambda _: None)
         self._vocabulary: Vocabulary | None = None
         if tokenizer.text_bytes is not None:
             self._vocabulary = Vocabulary(tokenizer, vocabulary_size)
@@ -63,11 +72,13 @@ class GrammarCompiler:
         if self._vocabulary is None:
             raise UnsupportedField("constraint")
         outcome = self._cache.get(source)
+        word = "compiled" if outcome is None else "cached"
         if outcome is None:
             try:
                 outcome = await self._run(self._quick, source, self._vocabulary)
             except TooCostly:
                 outcome = await self._try_slowly(source, self._vocabulary)
+        self._on_outcome("refused" if isinstance(outcome, str) else word)
         if isinstance(outcome, str):
             raise InvalidField(source.field, outcome)
         return outcome

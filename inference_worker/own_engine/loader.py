@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from inference_worker.engine.observer import Observer
 from inference_worker.own_engine.features import refuse_unhonoured
 from inference_worker.own_engine.loop_thread import LoopThread
 from inference_worker.own_engine.protocol import FEATURES, EngineCard, OwnEngine
@@ -43,7 +44,10 @@ class OwnServed:
         refuse_unhonoured(message, self.opened.card)
 
     def new_engine(
-        self, settings: WorkerSettings, on_crash: Callable[[BaseException], None]
+        self,
+        settings: WorkerSettings,
+        on_crash: Callable[[BaseException], None],
+        observer: Observer,
     ) -> OwnEngineThread:
         return OwnEngineThread(
             self.opened,
@@ -51,6 +55,7 @@ class OwnServed:
             self.info.vocabulary_size,
             settings.max_running,
             on_crash,
+            observer,
         )
 
 

@@ -22,6 +22,7 @@ from inference_worker.engine.event import (
 )
 from inference_worker.engine.event_stream import EventStream, EventStreams
 from inference_worker.engine.live_request import LiveRequest
+from inference_worker.engine.observer import Observer, Phase
 from inference_worker.engine.request import Request
 from inference_worker.own_engine.choice import Choice
 from inference_worker.own_engine.fair_slots import FairSlots
@@ -80,6 +81,7 @@ class OwnEngineThread:
         vocabulary_size: int,
         max_running: int,
         on_crash: Callable[[BaseException], None],
+        observer: Observer,
     ) -> None:
         """`on_crash` is called on the serving loop, once, if the engine's loop ends by itself."""
         self._engine = opened.engine
@@ -88,6 +90,7 @@ class OwnEngineThread:
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         self._on_crash = on_crash
+        self._observer = observer
         self._streams = EventStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
         # --- of the engine's own loop
@@ -97,7 +100,7 @@ class OwnEngineThread:
         self._events: list[tuple[Request, Event]] = []
         self._is_handing_over = False
         self._running = self._waiting = 0  # sequences
-        self._num_pieces = self._num_tokens = 0
+        self._num_pieces = self._num_tokens = self._num_prompt_tokens = 0
         self._load = self._measure()
 
     @property
@@ -121,7 +124,7 @@ class OwnEngineThread:
     def cancel(self, request: Request, reason: FinishReason | None = None) -> None:
         if reason is None:
             self._streams.drop(request)
-        self._thread.call(self._cancel, request, reason)
+        self._thread.call(self._cancel, request, reason, time.monotonic())
 
     async def stop(self) -> None:
         if self._thread.is_alive:
@@ -142,9 +145,13 @@ class OwnEngineThread:
             running.tasks.add(task)
             task.add_done_callback(running.tasks.discard)
 
-    def _cancel(self, request: Request, reason: FinishReason | None) -> None:
+    def _cancel(
+        self, request: Request, reason: FinishReason | None, came_at: float | None = None
+    ) -> None:
         if (running := self._inside.get(request.key)) is None:
             return
+        if came_at is not None and reason in (None, FinishReason.CANCELLED):
+            self._spawn(self._observe_end(running, running.live.phase, came_at))
         if reason is None:
             self._forget(running)
         else:
@@ -214,6 +221,7 @@ class OwnEngineThread:
         live = running.live
         if live.scheduled_at is None:
             live.scheduled_at = time.monotonic()
+            self._num_prompt_tokens += len(live.request.prompt)
             self._emit(running, Scheduled())
             self._slots.charge(live.request.share, len(live.request.prompt))
         choice = running.choices[index] = Choice(
@@ -304,6 +312,14 @@ class OwnEngineThread:
             task.cancel()
         self._spawn(self._abort(running.live.request.request_id))
 
+    async def _observe_end(self, running: _Running, phase: Phase, came_at: float) -> None:
+        """Tell how long the engine's code goes on for a request that its caller gave up."""
+        drawn = running.live.num_completion_tokens
+        if tasks := list(running.tasks):
+            await asyncio.wait(tasks)
+        wasted = running.live.num_completion_tokens - drawn
+        self._observer.cancelled(phase, time.monotonic() - came_at, wasted)
+
     async def _abort(self, request_id: str) -> None:
         try:
             await self._engine.abort(request_id)
@@ -349,6 +365,7 @@ class OwnEngineThread:
             steps=self._num_pieces,
             generated_tokens=self._num_tokens,
             preemptions=0,
+            prompt_tokens=self._num_prompt_tokens,
         )
 
     def _on_end(self, error: BaseException | None) -> None:

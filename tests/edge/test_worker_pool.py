@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from edge import worker_client, worker_pool
+from edge.metrics import EdgeMetrics
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -137,7 +138,7 @@ async def test_a_full_worker_is_not_preferred_for_having_nothing_of_ours(
     workers = [ScriptedWorker(), ScriptedWorker()]
     servers = [await start_server(worker, "127.0.0.1:0") for worker in workers]
     targets = ",".join(f"127.0.0.1:{port}" for _, port in servers)
-    pool = WorkerPool(EdgeSettings(worker=targets))
+    pool = WorkerPool(EdgeSettings(worker=targets), EdgeMetrics())
     try:
         await pool.start()
         await until(
@@ -262,7 +263,9 @@ async def test_a_name_is_every_address_it_has(monkeypatch: pytest.MonkeyPatch) -
         return answer
 
     monkeypatch.setattr(worker_pool, "resolve", resolve)
-    pool = WorkerPool(EdgeSettings(worker=f"dns:///workers:{port}", resolve_seconds=0.01))
+    pool = WorkerPool(
+        EdgeSettings(worker=f"dns:///workers:{port}", resolve_seconds=0.01), EdgeMetrics()
+    )
 
     def serving_targets() -> set[str]:
         picked = [pool.pick() for _ in range(4)]

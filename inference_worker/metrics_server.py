@@ -1,0 +1,99 @@
+"""Serves /metrics over HTTP, on threads of its own: it answers while the event loop is busy, and never holds it up."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+PATH: Final = "/metrics"
+# Scrapers are few and quick: whoever comes beyond these is closed, whoever takes longer is cut off.
+_MAX_CONNECTIONS: Final = 8
+_MAX_SECONDS: Final = 10.0
+_BACKLOG: Final = 16
+
+_Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class MetricsServer:
+    """Listens from `bind` on."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self.port: int | None = None  # known once bound
+
+    def bind(self, host: str, port: int) -> None:
+        """Listen, and answer until the process ends. Raises: OSError."""
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        server = _Server(family, (str(address[0]), int(address[1])))
+        server.set_app(_only_metrics(make_wsgi_app(self._registry)))
+        self.port = server.server_port
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = _BACKLOG
+
+    def __init__(self, family: socket.AddressFamily, address: tuple[str, int]) -> None:
+        self.address_family = family
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """As HTTPServer does, without asking a name server who we are."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer on a thread, if there is a place."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, for so long at most."""
+        limit = threading.Timer(_MAX_SECONDS, _cut, (request,))
+        limit.daemon = True
+        limit.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            limit.cancel()
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: whoever went away before the end will ask again."""
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing: the log is JSON, and scrapes are many."""
+
+
+def _cut(request: socket.socket) -> None:
+    try:
+        request.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it ended meanwhile
+        return
+
+
+def _only_metrics(application: Any) -> _Application:
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == PATH:
+            answered: Iterable[bytes] = application(environ, start_response)
+            return answered
+        start_response("404 Not Found", [("content-type", "text/plain")])
+        return [b"There is only /metrics.\n"]
+
+    return answer
