@@ -47,7 +47,9 @@ class Drain:
             return 0
         ended = len(self._running)
         for generation in list(self._running):
-            generation.stop(unavailable("The server shut down before the end of the generation."))
+            reason = unavailable("The server shut down before the end of the generation.")
+            reason.is_resumable = True
+            generation.stop(reason)
         await self._is_idle_within(_FAREWELL_SECONDS)
         return ended
 

@@ -34,6 +34,8 @@ class EdgeError(Exception):
     grpc_details: str | None = None
     # Of the worker's ErrorInfo.
     reason: str | None = None
+    # Whether only this connection fails: the stream goes on, for whoever comes back for the rest of it.
+    is_resumable: bool = False
 
     def __str__(self) -> str:
         return f"{self.status} {self.type}: {self.message}"
@@ -116,6 +118,14 @@ STATUS_TABLE: dict[grpc.StatusCode, Row] = {
     grpc.StatusCode.DATA_LOSS: _BUG,
 }
 
+STREAM_NOT_FOUND = "STREAM_NOT_FOUND"
+# Reasons of the worker that say more than their status: these rows come before the status's.
+REASON_TABLE: dict[str, Row] = {
+    STREAM_NOT_FOUND: Row(410, "invalid_request_error", "stream_gone", is_retryable=False),
+    "STREAM_GONE": Row(410, "invalid_request_error", "stream_gone", is_retryable=False),
+    "TAKEN_OVER": Row(409, "invalid_request_error", "taken_over", is_retryable=False),
+}
+
 # Finish reasons that are no success, for dialects that cannot say them in a finish reason of their own.
 FINISH_TABLE: dict[pb.FinishReason.ValueType, Row] = {
     pb.FINISH_REASON_CANCELLED: STATUS_TABLE[grpc.StatusCode.CANCELLED],
@@ -180,6 +190,12 @@ def server_error() -> EdgeError:
     return _from_row(_BUG, "", None, RETRY_MIN_MS)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether it says that a worker could not be reached, or was lost."""
+    is_unavailable = grpc.StatusCode.UNAVAILABLE.name
+    return isinstance(error, EdgeError) and error.grpc_code == is_unavailable
+
+
 def from_finish(reason: pb.FinishReason.ValueType) -> EdgeError | None:
     """The failure behind a finish reason, or None for those that mean success."""
     row = FINISH_TABLE.get(reason)
@@ -195,7 +211,7 @@ def from_status(code: grpc.StatusCode, details: str | None, rich: bytes | None) 
 
 def _from_call_status(code: grpc.StatusCode, details: str | None, rich: bytes | None) -> EdgeError:
     info = _Details.parse(rich)
-    row = STATUS_TABLE.get(code, _BUG)
+    row = REASON_TABLE.get(info.reason or "") or STATUS_TABLE.get(code, _BUG)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not info.is_ours and _is_size(details):
         return EdgeError(
             413, "invalid_request_error", "The request is larger than the worker takes."

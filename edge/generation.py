@@ -1,20 +1,32 @@
 """The streams behind one HTTP request, read as one stream of messages."""
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from edge.errors import ClientGoneError, EdgeError, from_status, server_error
 from edge.finish_reason import finish_reason_name
+from edge.resumed_stream import ResumedStream
 from edge.worker_pool import WorkerPool
 from edge.worker_stream import WorkerStream
 from protos.sluice.v1 import generation_pb2 as pb
 
 # Which of the request's prompts a message belongs to, and the message.
 Item = tuple[int, pb.GenerateResponse]
+
+
+class Stream(Protocol):
+    """One prompt's messages."""
+
+    def cancel(self) -> None:
+        """Cancels what still runs; a reader gets CancelledError."""
+
+    async def read(self) -> pb.GenerateResponse | None:
+        """The next message, or None after the last one. Raises: EdgeError."""
 
 
 class Generation:
@@ -29,10 +41,11 @@ class Generation:
     ) -> None:
         self._requests = requests
         self._field_name = field_name
+        self._is_resumed = requests[0].HasField("resume")
         self._prompt_tokens = 0
         self._usage = pb.Usage()
         self._finish_reasons: set[str] = set()
-        self._streams: list[WorkerStream] = []
+        self._streams: list[Stream] = []
         self._unfinished: list[int] = []
         self._reads: dict[asyncio.Task[pb.GenerateResponse | None], int] = {}
         self._arrived: deque[tuple[int, asyncio.Task[pb.GenerateResponse | None]]] = deque()
@@ -61,11 +74,13 @@ class Generation:
         return summary
 
     async def open(self, workers: WorkerPool) -> list[pb.GenerateResponse]:
-        """Begins the streams and returns the `started` message of each.
+        """Begins the streams and returns the `started` message of each; of a resumed one, the first that is left.
 
         All of them must be admitted before any is answered: a request that is refused in part is refused.
         """
         self._raise_if_stopped()
+        if self._is_resumed:
+            return await self._resume(workers, self._requests[0])
         self._streams = [WorkerStream(workers, request) for request in self._requests]
         if len(self._streams) == 1:
             first = [await self._read_stream(0)]
@@ -77,6 +92,19 @@ class Generation:
         self._unfinished = [message.started.n for message in started]
         self._prompt_tokens = sum(message.started.prompt_tokens for message in started)
         return started
+
+    async def _resume(
+        self, workers: WorkerPool, request: pb.GenerateRequest
+    ) -> list[pb.GenerateResponse]:
+        self._streams = [ResumedStream(workers, request)]
+        message = await self._read_stream(0)
+        if message is None:
+            return []
+        # How many choices are still to end is not known, but the last one has the usage.
+        is_whole = message.finished.HasField("usage") or request.resume.snapshot
+        self._unfinished = [0 if is_whole else sys.maxsize]
+        self._prompt_tokens = message.started.prompt_tokens
+        return [message]
 
     async def read(self) -> Item | None:
         """The next message, or None after the last one."""
@@ -134,6 +162,8 @@ class Generation:
             return None
         if self._unfinished and message.HasField("finished"):
             self._unfinished[index] -= 1
+            if self._is_resumed and message.finished.HasField("usage"):
+                self._unfinished[index] = 0
             self._note(message.finished)
         return message
 

@@ -1,7 +1,6 @@
 """The route table: what is served where, and what its document says."""
 
 from dataclasses import replace
-from functools import partial
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -211,22 +210,22 @@ def _anthropic_operations(
     ]
 
 
-async def _from_query(request: Request, limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
+async def _from_query(request: Request, limits: PromptLimits) -> ParsedRequest:
     parameters = request.query_params.multi_items()
-    return native.parse_query([pair for pair in parameters if pair[0] != QUERY_PARAMETER])
+    given = [pair for pair in parameters if pair[0] != QUERY_PARAMETER]
+    return native.parse_query(given, limits)
 
 
 def _resumable(parse: Parse) -> Parse:
-    """Answers readers that reconnect; others get a new stream, as events or as frames."""
+    """Gives readers that reconnect the rest of their stream, and others a new one, as events or as frames."""
 
-    async def parse_unless_ended(request: Request, limits: PromptLimits) -> ParsedRequest | None:
+    async def parse_or_resume(request: Request, limits: PromptLimits) -> ParsedRequest | None:
         last_event_id = request.headers.get("last-event-id", "")
-        if last_event_id and native.has_ended(last_event_id):
-            return None
-        parsed = await parse(request, limits)
-        if parsed is not None and native_frames.are_wanted(request.headers.get("accept", "")):
-            encoder = partial(native_frames.FrameEncoder, parsed.generation_id)
-            return replace(parsed, encoder=encoder)
-        return parsed
+        if last_event_id:
+            return native.resume(last_event_id)
+        if not native_frames.are_wanted(request.headers.get("accept", "")):
+            return await parse(request, limits)
+        parsed = await parse(request, replace(limits, resume_window_seconds=0))
+        return None if parsed is None else native_frames.framed(parsed)
 
-    return parse_unless_ended
+    return parse_or_resume

@@ -132,6 +132,14 @@ class EdgeSettings(BaseSettings):
         " without it.",
         json_schema_extra=unit("seconds"),
     )
+    resume_window_seconds: float = Field(
+        30,
+        ge=0,
+        le=86400,
+        description="How long a stream of GET /v1/streams may be resumed after its reader went away, and after its"
+        " end, where the request does not say; 0 is not at all. Each worker has a limit of its own.",
+        json_schema_extra=unit("seconds"),
+    )
     request_timeout_seconds: float = Field(
         600,
         gt=0,

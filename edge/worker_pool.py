@@ -6,10 +6,9 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
-import grpc
 import structlog
 
-from edge.errors import EdgeError, unavailable
+from edge.errors import EdgeError, is_lost, unavailable
 from edge.metrics import EdgeMetrics
 from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
@@ -20,7 +19,6 @@ T = TypeVar("T")
 
 # A name is looked up so often while a worker of it does not serve: its successor may have another address.
 _EAGER_RESOLVE_SECONDS = 1.0
-_LOST = grpc.StatusCode.UNAVAILABLE.name
 # The first of these that a worker says of an abort is the truth of all of them.
 _ABORT_OUTCOMES = (
     pb.ABORT_OUTCOME_ABORTED,
@@ -129,6 +127,17 @@ class WorkerPool:
         """Returns at the next change of any worker's health or of their number."""
         await self._news.wait()
 
+    async def reachable(self) -> list[WorkerClient]:
+        """All workers that answer, also those that drain, once each is known to or not to. Raises a 503 for none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.connect_timeout_seconds):
+                while self._is_unknown:
+                    await self.changed()
+        clients = self._reachable()
+        if not clients:
+            raise unavailable(f"No worker is ready: {self.reason}.")
+        return clients
+
     async def abort(
         self, request_id: str, caller: pb.Caller | None = None
     ) -> pb.AbortOutcome.ValueType:
@@ -136,10 +145,10 @@ class WorkerPool:
 
         All workers are asked at once.
         """
-        clients = [client for client in self._all() if client.is_reachable]
+        clients = self._reachable()
         if not clients:
             await self.serving()  # waits for the first, or says why there is none
-            clients = [client for client in self._all() if client.is_reachable]
+            clients = self._reachable()
         answers = await asyncio.gather(
             *(client.abort(request_id, caller) for client in clients), return_exceptions=True
         )
@@ -148,7 +157,7 @@ class WorkerPool:
                 return outcome
         # A worker that could not be asked may have it, unless it was lost, and all that it had with it.
         for answer in answers:
-            if isinstance(answer, BaseException) and not _is_lost(answer):
+            if isinstance(answer, BaseException) and not is_lost(answer):
                 raise answer
         if pb.ABORT_OUTCOME_UNKNOWN in answers:
             return pb.ABORT_OUTCOME_UNKNOWN
@@ -169,7 +178,7 @@ class WorkerPool:
             try:
                 return await ask(client)
             except EdgeError as error:
-                other = self.pick(asked) if _is_lost(error) else None
+                other = self.pick(asked) if is_lost(error) else None
                 if other is None:
                     raise
                 asked.append(client := other)
@@ -179,6 +188,9 @@ class WorkerPool:
         """Whether a worker may serve of which nothing has been heard."""
         clients = self._clients.values()
         return bool(self._unresolved) or any(not client.is_known for client in clients)
+
+    def _reachable(self) -> list[WorkerClient]:
+        return [client for client in self._all() if client.is_reachable]
 
     def _all(self) -> list[WorkerClient]:
         return [*self._clients.values(), *(client for client, _ in self._leaving.values())]
@@ -235,7 +247,3 @@ class WorkerPool:
             if not client.outstanding and since < before:
                 del self._leaving[target]
                 await client.close()
-
-
-def _is_lost(error: BaseException) -> bool:
-    return isinstance(error, EdgeError) and error.grpc_code == _LOST

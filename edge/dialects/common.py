@@ -3,6 +3,8 @@
 import uuid
 from collections.abc import Callable
 
+from google.protobuf import duration_pb2
+
 from protos.sluice.v1 import generation_pb2 as pb
 
 # JSON has no minus infinity, the log-probability of a token that logit_bias forced in; this is what OpenAI and others
@@ -31,6 +33,15 @@ def shown_logprob(candidate: pb.Candidate) -> float | None:
 def shown_float(value: float) -> float:
     """A float32 as the number that was meant: 0.7, not 0.699999988079071."""
     return float(f"{value:.7g}")
+
+
+def window_message(seconds: float) -> duration_pb2.Duration | None:
+    """A resume window in the contract's words; none for 0."""
+    if not seconds:
+        return None
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
 
 
 def field_names(table: dict[str, str]) -> Callable[[str], str]:

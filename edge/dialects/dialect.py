@@ -61,11 +61,18 @@ class PromptLimits:
     max_body_bytes: int
     max_json_depth: int
     max_prompts: int
+    # The window of requests that say nothing of one, where their dialect is one that resumes.
+    resume_window_seconds: float = 0
 
     @classmethod
     def of(cls, settings: EdgeSettings) -> "PromptLimits":
         """Those that are set."""
-        return cls(settings.max_body_bytes, settings.max_json_depth, settings.max_prompts)
+        return cls(
+            settings.max_body_bytes,
+            settings.max_json_depth,
+            settings.max_prompts,
+            settings.resume_window_seconds,
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from google.protobuf import duration_pb2
 from pydantic import Field
@@ -14,10 +14,12 @@ from edge.dialects.common import (
     shown_bytes,
     shown_float,
     shown_logprob,
+    window_message,
 )
 from edge.dialects.constraint import JsonSchema, of_choice, of_schema
 from edge.dialects.dialect import Collector, ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.schema import (
+    Float,
     Items,
     RequestModel,
     SamplingFields,
@@ -32,8 +34,11 @@ from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
 _ID_PREFIX = "stream"
-_LAST_EVENT_ID = re.compile(r"stream-[0-9a-f]{32}-[0-9]+(-end)?")
+# An event's id is the stream's name and the event's number, and says whether it is the last. A stream's name is what
+# the worker keeps it by, or else its request's id: that has a hyphen, which the other never has.
+_LAST_EVENT_ID = re.compile(r"(stream-)?([0-9A-Za-z_]{16,128})-([0-9]{1,19})(-end)?")
 _END = "-end"
+_MAX_WINDOW_SECONDS = 86_400
 
 
 class StreamMessage(RequestModel):
@@ -67,6 +72,12 @@ class StreamFields(SamplingFields, StoppingFields):
     echo: bool | None = Field(None, description="Send the prompt as each choice's first delta.")
     prompt_logprobs: bool | None = Field(
         None, description="With echo and logprobs: the prompt's log-probabilities too."
+    )
+    resume_window: Annotated[Float, Field(ge=0, le=_MAX_WINDOW_SECONDS)] | None = Field(
+        None,
+        description="Seconds for which the stream may be resumed with Last-Event-ID: after its reader went away, while"
+        " it goes on, and after its end. 0 is not at all: the generation ends with its connection. When left out, 0"
+        " for POST, and for GET what the server is set to.",
     )
 
 
@@ -153,7 +164,7 @@ def _prompt(stream: StreamRequest) -> pb.Prompt:
     return pb.Prompt(text=stream.prompt or "")
 
 
-def parse_query(parameters: list[tuple[str, str]]) -> ParsedRequest:
+def parse_query(parameters: list[tuple[str, str]], limits: PromptLimits) -> ParsedRequest:
     """The parameters of a GET in the contract's words."""
     values: dict[str, Any] = {}
     for name, value in parameters:
@@ -164,30 +175,46 @@ def parse_query(parameters: list[tuple[str, str]]) -> ParsedRequest:
         else:
             values[name] = value
     query = validate(StreamQuery, values, strict=False)
-    return _parsed(query, pb.Prompt(text=query.prompt))
+    return _parsed(query, pb.Prompt(text=query.prompt), window=limits.resume_window_seconds)
 
 
-def has_ended(last_event_id: str) -> bool:
-    """Whether a reconnecting reader saw its stream's last event. Raises a 410 when it did not.
+def resume(last_event_id: str) -> ParsedRequest | None:
+    """The rest of a stream, for a reader who reconnects; None if it saw the last event.
 
-    The id of a last event says that it is the last, so the edge need not remember streams.
+    The id of a last event says that it is the last, so that nobody need remember streams for it. Raises a 410 for the
+    id of a stream that is not kept.
     """
     match = _LAST_EVENT_ID.fullmatch(last_event_id)
-    if match is not None and match[1] == _END:
-        return True
-    raise EdgeError(
-        410,
-        "invalid_request_error",
-        "The stream broke off and cannot be resumed; begin a new one without Last-Event-ID.",
-        "resume_not_supported",
-        "Last-Event-ID",
-        is_retryable=False,
+    if match is not None and match[4]:
+        return None
+    if match is None or match[1]:
+        raise EdgeError(
+            410,
+            "invalid_request_error",
+            "The stream broke off and cannot be resumed; begin a new one without Last-Event-ID.",
+            "resume_not_supported",
+            "Last-Event-ID",
+            is_retryable=False,
+        )
+    _, resume_id, number, _ = match.groups()
+    request = pb.GenerateRequest(
+        resume=pb.Resume(resume_id=resume_id, after_sequence_number=int(number))
+    )
+    encoder = partial(NativeEncoder, resume_id, is_kept=True)
+    # The stream's name is a secret, which has no place in a log.
+    return ParsedRequest(
+        new_id("resume"), [request], True, encoder, _never, lambda _: "Last-Event-ID"
     )
 
 
 def _parsed(
-    stream: StreamFields, prompt: pb.Prompt, constraint: pb.Constraint | None = None
+    stream: StreamFields,
+    prompt: pb.Prompt,
+    constraint: pb.Constraint | None = None,
+    window: float = 0,
 ) -> ParsedRequest:
+    if stream.resume_window is not None:
+        window = stream.resume_window
     request_id = new_id(_ID_PREFIX)
     request = pb.GenerateRequest(
         request_id=request_id,
@@ -203,6 +230,7 @@ def _parsed(
         ),
         n=stream.n,
         constraint=constraint,
+        resume_window=window_message(window),
     )
     names = field_names(
         {
@@ -229,10 +257,11 @@ def _never() -> Collector:
 class NativeEncoder(StreamEncoder):
     """Messages to `started`, `delta`, `finished` and `failed` events."""
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
+    def __init__(self, name: str, is_kept: bool = False) -> None:
+        """`name` is the stream's, until its header says that it is kept under another."""
+        self._name = name
+        self._is_kept = is_kept
         self._next_sequence_number = 0
-        self._unfinished = 1
         self._encoders: dict[str, Callable[[Any], dict[str, Any]]] = {
             "started": _started_json,
             "delta": _delta_json,
@@ -245,19 +274,20 @@ class NativeEncoder(StreamEncoder):
         self._next_sequence_number = message.sequence_number + 1
         if kind is None or kind == "heartbeat":
             return b""
-        if kind == "started":
-            self._unfinished = message.started.n
-        elif kind == "finished":
-            self._unfinished -= 1
+        if kind == "started" and message.started.HasField("resume_id"):
+            self._name, self._is_kept = message.started.resume_id, True
         data = self._encoders[kind](getattr(message, kind))
-        return self._event(kind, message.sequence_number, data, is_last=self._unfinished == 0)
+        is_last = message.finished.HasField("usage")
+        return self._event(kind, message.sequence_number, data, is_last)
 
     def end(self) -> bytes:
         """Nothing: the last `finished` is the end."""
         return b""
 
     def error(self, error: EdgeError) -> bytes:
-        """The event of a failure."""
+        """The event of a failure; none where a reader had better come back."""
+        if error.is_resumable and self._is_kept:
+            return b""
         return self._event("failed", self._next_sequence_number, error.body(), is_last=True)
 
     def _event(
@@ -268,7 +298,7 @@ class NativeEncoder(StreamEncoder):
         is_last: bool,
     ) -> bytes:
         end = _END if is_last else ""
-        head = f"event: {kind}\nid: {self._request_id}-{sequence_number}{end}\ndata: "
+        head = f"event: {kind}\nid: {self._name}-{sequence_number}{end}\ndata: "
         return head.encode() + encode(data) + b"\n\n"
 
 

@@ -7,10 +7,13 @@ streaming.py); a reader that knows no more fails at FAILED, as it should.
 """
 
 import struct
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Literal
 
-from edge.dialects.dialect import stream_headers
+from edge.dialects.dialect import ParsedRequest, stream_headers
 from edge.dialects.native import NativeEncoder
+from edge.errors import invalid_request
 from edge.json_codec import encode
 
 MEDIA_TYPE: Final = "application/octet-stream"
@@ -33,6 +36,13 @@ class FrameEncoder(NativeEncoder):
     ) -> bytes:
         payload = encode(data)
         return _FRAME.pack(_TAGS[kind], len(payload)) + payload
+
+
+def framed(parsed: ParsedRequest) -> ParsedRequest:
+    """The same answer as frames. Raises a 400 where it is to be resumable: frames have no ids."""
+    if any(request.HasField("resume_window") for request in parsed.requests):
+        raise invalid_request("Frames cannot be resumed; ask for events.", "resume_window")
+    return replace(parsed, encoder=partial(FrameEncoder, parsed.generation_id))
 
 
 def are_wanted(accept: str) -> bool:
