@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from inference_worker.chat.output import DeliveredOutput
 from inference_worker.engine.choice_output import ChoiceOutput
 from inference_worker.engine.continuation import (
     Continuation,
@@ -23,6 +24,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 _PATH: Final = "continuation.choices"
 # Text can be delivered before its token; no vocabulary known has a token whose text is longer.
 _MAX_CHARACTERS_AHEAD: Final = 4096
+# What there is besides text where the output is told apart.
+_TOLD_APART: Final = ("reasoning_characters", "tool_calls", "argument_characters")
 
 
 class NewDetokenizer(Protocol):
@@ -38,6 +41,7 @@ class DeliveredRequest:
     running: Mapping[int, Delivered]
     finished: Mapping[int, int]  # completion tokens
     paths: Mapping[int, str]  # where each choice stands in the message
+    outputs: Mapping[int, DeliveredOutput]  # of the running ones
 
     @property
     def num_tokens(self) -> int:
@@ -82,10 +86,11 @@ class DeliveredRequest:
                     f"{path}.token_ids",
                     f"spell the stop sequence {str(stop)!r}: the choice is over",
                 ) from stop
-            if delivered.num_characters > output.num_decoded + _MAX_CHARACTERS_AHEAD:
+            num_characters = self.outputs[index].num_characters
+            if num_characters > output.num_decoded + _MAX_CHARACTERS_AHEAD:
                 raise InvalidField(
                     f"{path}.text_characters",
-                    f"{delivered.num_characters} is more than the tokens, which spell "
+                    f"{num_characters} is more than the tokens, which spell "
                     f"{output.num_decoded}, and one more can have",
                 )
         echoed = [self.running[i].num_echoed if i in self.running else 0 for i in self._open(n)]
@@ -102,10 +107,12 @@ def read_continuation(
     max_tokens: int,
     vocabulary_size: int,
     stop_token_ids: frozenset[int],
+    is_told_apart: bool,
 ) -> DeliveredRequest:
     """Check everything that can be checked without the prompt's tokens.
 
-    `max_tokens` is what was asked for, or all that ever fit.
+    `is_told_apart`: there may be more in the output than text. `max_tokens` is what was asked for, or all that ever
+    fit.
 
     Raises: InvalidField, UnsupportedField.
     """
@@ -113,6 +120,7 @@ def read_continuation(
     running: dict[int, Delivered] = {}
     finished: dict[int, int] = {}
     paths: dict[int, str] = {}
+    outputs: dict[int, DeliveredOutput] = {}
     for position, choice in enumerate(message.choices):
         path = f"{_PATH}[{position}]"
         refuse_unknown_fields(choice, path)
@@ -129,16 +137,34 @@ def read_continuation(
         else:
             _check_length(path, len(choice.token_ids), max_tokens)
             _check_tokens(path, choice.token_ids, vocabulary_size, stop_token_ids)
-            running[index] = Delivered(
-                tuple(choice.token_ids), choice.text_characters, choice.echoed_tokens
-            )
+            running[index], output = _read_running(path, choice, is_told_apart)
+            outputs[index] = output
     if len(finished) == n:
         raise InvalidField(_PATH, "all choices are over: nothing is left to generate")
-    return DeliveredRequest(running, finished, paths)
+    return DeliveredRequest(running, finished, paths, outputs)
+
+
+def _read_running(
+    path: str, choice: pb.DeliveredChoice, is_told_apart: bool
+) -> tuple[Delivered, DeliveredOutput]:
+    """For the engine, which knows text alone, and for who tells that apart, who then needs all of it again."""
+    output = DeliveredOutput(
+        choice.text_characters,
+        choice.reasoning_characters,
+        choice.tool_calls,
+        choice.argument_characters,
+    )
+    if not is_told_apart:
+        for name in _TOLD_APART:
+            if getattr(choice, name):
+                raise InvalidField(f"{path}.{name}", "there is none in the output of this request")
+    num_characters = 0 if is_told_apart else choice.text_characters
+    return Delivered(tuple(choice.token_ids), num_characters, choice.echoed_tokens), output
 
 
 def _read_finished(path: str, choice: pb.DeliveredChoice, max_tokens: int) -> int:
-    if choice.token_ids or choice.text_characters or choice.echoed_tokens:
+    others = (choice.token_ids, choice.text_characters, choice.echoed_tokens)
+    if any(others) or any(getattr(choice, name) for name in _TOLD_APART):
         raise InvalidField(f"{path}.completion_tokens", "stands alone, for a choice that is over")
     if choice.completion_tokens > max_tokens:
         raise InvalidField(

@@ -134,6 +134,24 @@ class Draining(SluiceError):
         super().__init__("the worker is shutting down and takes no new requests")
 
 
+class Interrupted(SluiceError):
+    """The worker shuts down, and its caller goes on with the stream on another one."""
+
+    retry_after = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the worker shut down before the end of the generation")
+
+
+class EngineLost(SluiceError):
+    """The engine crashed, and the worker is about to end."""
+
+    retry_after = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the worker's engine has stopped")
+
+
 class SlowReader(SluiceError):
     """The caller did not read for too long, and held a place that others wait for."""
 
@@ -190,6 +208,8 @@ _TABLE: Final[dict[type[SluiceError], tuple[grpc.StatusCode, str]]] = {
     KeyLimit: (grpc.StatusCode.RESOURCE_EXHAUSTED, "KEY_LIMIT"),
     DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+    Interrupted: (grpc.StatusCode.UNAVAILABLE, "SHUTDOWN"),
+    EngineLost: (grpc.StatusCode.UNAVAILABLE, "ENGINE_LOST"),
     SlowReader: (grpc.StatusCode.ABORTED, "SLOW_READER"),
     StreamNotFound: (grpc.StatusCode.NOT_FOUND, "STREAM_NOT_FOUND"),
     StreamGone: (grpc.StatusCode.OUT_OF_RANGE, "STREAM_GONE"),

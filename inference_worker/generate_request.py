@@ -15,7 +15,7 @@ from inference_worker.chat.request import Tools, read_tools
 from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
 from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
-from inference_worker.errors import ContextExceeded, InvalidField, UnsupportedField
+from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import (
     check_at_least,
     check_count,
@@ -47,6 +47,7 @@ class Limits:
     max_token_bytes: int | None  # bytes of text that one token can stand for, if known
     chat_format: ChatFormat  # whether there may be tools
     max_grammar_bytes: int  # bytes of a constraint's text
+    takes_continuations: bool  # whether the engine goes on with what another one began
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Reading:
     sends_token_ids: bool
     n: int
     delivered: DeliveredRequest
+    is_continuable: bool  # whether another worker may go on with it
+    is_told_apart: bool  # whether there may be more in the output than text
     tools: Tools
     constraint: GrammarSource | None
     caller: Caller
@@ -117,6 +120,7 @@ class Reading:
             continuation=continuation,
             share=Share(self.caller.key_id, self.caller.weight, self.priority),
             deadline=deadline,
+            is_continuable=self.is_continuable,
             admitted_at=admitted_at,
         )
 
@@ -140,11 +144,9 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     sampling = _read_sampling(message.sampling, model)
     stop_token_ids = _read_stop_token_ids(stopping, model)
     max_tokens = _read_max_tokens(stopping, output)
-    is_continued = message.HasField("continuation")
     is_chat = message.prompt.WhichOneof("input") == "chat"
-    if is_continued and is_chat and (tools.specs or limits.chat_format.marks_reasoning):
-        # what arrived does not tell how far into the model's own text that was
-        raise UnsupportedField("continuation")
+    is_told_apart = is_chat and (bool(tools.specs) or limits.chat_format.marks_reasoning)
+    is_continued = message.HasField("continuation")
     if is_continued and sampling.temperature > 0 and not message.sampling.HasField("seed"):
         # one of our own making would draw other tokens than the first worker's
         raise InvalidField("sampling.seed", "a continuation needs the seed that `started` told")
@@ -154,6 +156,7 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         max_tokens=limits.context_length if max_tokens is None else max_tokens,
         vocabulary_size=model.vocabulary_size,
         stop_token_ids=stop_token_ids,
+        is_told_apart=is_told_apart,
     )
     return Reading(
         request_id=_read_request_id(message),
@@ -166,6 +169,8 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         sends_token_ids=message.output.token_ids,
         n=n,
         delivered=delivered,
+        is_continuable=message.is_continuable and limits.takes_continuations,
+        is_told_apart=is_told_apart,
         tools=tools,
         constraint=_read_constraint(message, tools, limits),
         caller=read_caller(message),

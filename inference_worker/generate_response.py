@@ -30,12 +30,9 @@ class StreamWriter:
         self._tokenizer = tokenizer
         self._created_at = time.time_ns()
         self._sequence_number = 0
-        # Tokens of deltas that were not worth a message; they count in the choice's next one.
-        self._uncounted: defaultdict[int, int] = defaultdict(int)
-        # Whether there may be more in the output than text; then, once it has begun, one for each choice.
-        self._is_told_apart = bool(reading.prompt.WhichOneof("input") == "chat") and (
-            bool(reading.tools.specs) or tokenizer.chat_format.marks_reasoning
-        )
+        # Ids of tokens of deltas that were not worth a message; they go with the choice's next one.
+        self._untold: defaultdict[int, list[int]] = defaultdict(list)
+        # Where the output is told apart, and once it has begun: one for each choice.
         self._chats: list[ChatOutput] = []
 
     def started(
@@ -55,8 +52,9 @@ class StreamWriter:
             self._reading.max_tokens or 0 if request is None else request.stopping.max_tokens
         )
         started.n = self._reading.n
+        started.is_continuable = self._reading.is_continuable
         started.created_at.FromNanoseconds(self._created_at)
-        if request is not None and self._is_told_apart:
+        if request is not None and self._reading.is_told_apart:
             self._begin_chat(request)
         return message
 
@@ -65,12 +63,12 @@ class StreamWriter:
         if self._chats and not delta.is_prompt:
             pieces = self._chats[delta.choice_index].push(delta.text)
             yield from self._told_apart(delta, pieces)
-        elif delta.text or self._wants_tokens(delta):
+        elif delta.text or delta.is_prompt or self._wants_tokens(delta):
             message = self._item(delta)
             message.delta.text = delta.text
             yield message
         else:
-            self._uncounted[delta.choice_index] += len(delta.tokens)
+            self._hold(delta)
 
     def _begin_chat(self, request: Request) -> None:
         constraint = self._reading.constraint
@@ -84,8 +82,9 @@ class StreamWriter:
                 names,
                 is_reasoning=is_reasoning,
                 is_parallel=self._reading.tools.is_parallel,
+                delivered=self._reading.delivered.outputs.get(index),
             )
-            for _ in range(self._reading.n)
+            for index in range(self._reading.n)
         ]
 
     def _told_apart(
@@ -96,12 +95,15 @@ class StreamWriter:
         if not groups and self._wants_tokens(delta):
             groups.append([])
         if not groups:
-            self._uncounted[delta.choice_index] += len(delta.tokens)
+            self._hold(delta)
         for index, group in enumerate(groups):
             message = self._item(delta if not index else event.Delta(delta.choice_index, "", ()))
             for piece in group:
                 _add_piece(message.delta, piece)
             yield message
+
+    def _hold(self, delta: event.Delta) -> None:
+        self._untold[delta.choice_index] += [token.token_id for token in delta.tokens]
 
     def _wants_tokens(self, delta: event.Delta) -> bool:
         is_asked = self._reading.sends_token_ids or self._sends_logprobs(delta)
@@ -109,15 +111,16 @@ class StreamWriter:
 
     def _item(self, delta: event.Delta) -> pb.GenerateResponse:
         """An item with all but its text."""
-        count = len(delta.tokens)
+        token_ids = self._untold.pop(delta.choice_index, [])
+        token_ids += [token.token_id for token in delta.tokens]
         sends_logprobs = self._sends_logprobs(delta)
         message = self._next()
         item = message.delta
         item.choice_index = delta.choice_index
-        item.token_count = count + self._uncounted.pop(delta.choice_index, 0)
+        item.token_count = len(token_ids)
         item.is_prompt = delta.is_prompt
-        if self._reading.sends_token_ids:
-            item.token_ids.extend([token.token_id for token in delta.tokens])
+        if self._reading.sends_token_ids or (self._reading.is_continuable and not delta.is_prompt):
+            item.token_ids.extend(token_ids)
         if sends_logprobs:
             item.logprobs.extend(map(self._logprob, delta.tokens))
         return message

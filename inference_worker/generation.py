@@ -11,6 +11,7 @@ from typing import Any
 from inference_worker.admission import Ticket
 from inference_worker.engine.event import (
     Delta,
+    EngineStopped,
     Event,
     Expired,
     Failed,
@@ -19,11 +20,18 @@ from inference_worker.engine.event import (
     Scheduled,
     Started,
 )
+from inference_worker.engine.event import Interrupted as RequestInterrupted
 from inference_worker.engine.event_stream import EventStream, is_last
 from inference_worker.engine.grammar import Grammar, GrammarFailed, GrammarState
 from inference_worker.engine.request import Request
 from inference_worker.engine.serving import ServingEngine
-from inference_worker.errors import DeadlinePassed, InternalError, InvalidField
+from inference_worker.errors import (
+    DeadlinePassed,
+    EngineLost,
+    InternalError,
+    Interrupted,
+    InvalidField,
+)
 from inference_worker.generate_request import Limits, Reading
 from inference_worker.generate_response import StreamWriter, unstarted_endings
 from inference_worker.grammar.compiler import GrammarCompiler
@@ -169,7 +177,10 @@ class Generation:
 
     def _submit(self, request: Request) -> EventStream:
         self._ticket.set_prompt_tokens(len(request.prompt) + self._reading.delivered.num_tokens)
-        stream = self._backend.engine.submit(request, self._account)
+        try:
+            stream = self._backend.engine.submit(request, self._account)
+        except EngineStopped as error:
+            raise EngineLost from error
         self._request = request
         return stream
 
@@ -223,12 +234,18 @@ class Generation:
         constraint = self._reading.constraint
         if isinstance(error, Expired):
             raise DeadlinePassed from error
+        if isinstance(error, RequestInterrupted):
+            raise Interrupted from error
+        if isinstance(error, EngineStopped):
+            raise EngineLost from error
         if isinstance(error, GrammarFailed) and constraint is not None:
             raise InvalidField(constraint.field, str(error)) from error
         get_logger().error("request failed", request_id=request_id, exc_info=error)
         raise InternalError(request_id) from error
 
     def _unstarted(self, reason: FinishReason) -> Iterator[pb.GenerateResponse]:
+        if reason is FinishReason.SHUTDOWN and self._reading.is_continuable:
+            raise Interrupted
         yield self._writer.started(None, cached_tokens=0, queue_position=0)
         for finished in unstarted_endings(self._reading.delivered, self._reading.n, reason):
             self._record.note(finished)

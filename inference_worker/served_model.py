@@ -50,6 +50,11 @@ class Served(Protocol):
         """Most tokens of prompt and completion together, the memory for them considered."""
         ...
 
+    @property
+    def takes_continuations(self) -> bool:
+        """Whether its engine goes on with what another one began."""
+        ...
+
     def check_honoured(self, message: pb.GenerateRequest) -> None:
         """Check a valid request against what this engine can do. Raises: UnsupportedField."""
         ...
@@ -75,6 +80,10 @@ class ServedModel:
     @property
     def context_length(self) -> int:
         return min(self.info.context_length, self.runner.num_blocks * self.runner.block_size)
+
+    @property
+    def takes_continuations(self) -> bool:
+        return True
 
     def check_honoured(self, message: pb.GenerateRequest) -> None:
         """Whatever is valid is honoured."""

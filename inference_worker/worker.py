@@ -105,6 +105,7 @@ class Worker:
                 served.tokenizer.max_token_bytes,
                 served.tokenizer.chat_format,
                 settings.max_grammar_bytes,
+                served.takes_continuations,
             ),
             prompts=self._prompts,
             grammars=self._grammars,

@@ -21,6 +21,7 @@ from inference_worker.engine.event import (
     Failed,
     Finished,
     FinishReason,
+    Interrupted,
     Scheduled,
     Started,
     Token,
@@ -147,11 +148,17 @@ class Engine:
             self._fail(live, error)
 
     def cancel(self, request: Request, reason: FinishReason | None) -> None:
-        """End a request now and free its blocks; tell its reader if there is a reason. Ended ones are ignored."""
+        """End a request now and free its blocks; tell its reader if there is a reason. Ended ones are ignored.
+
+        A shutdown gives out nothing that is held back of a request that goes on elsewhere.
+        """
         if (live := self._live.get(request.key)) is None:
             return
         if reason is None:
             self._retire(live)
+            return
+        if reason is FinishReason.SHUTDOWN and request.is_continuable:
+            self._fail(live, Interrupted())
             return
         try:
             for sequence in list(live.sequences):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from inference_worker.engine.engine import Engine, Load
-from inference_worker.engine.event import Event, FinishReason
+from inference_worker.engine.event import EngineStopped, Event, FinishReason
 from inference_worker.engine.event_stream import EventStream, EventStreams
 from inference_worker.engine.observer import NoObserver, Observer
 from inference_worker.engine.request import Request
@@ -60,10 +60,10 @@ class EngineThread:
     ) -> EventStream:
         """Hand a request over. `on_event` hears of its events on the loop, before any reader takes them.
 
-        Raises: RuntimeError, if the thread has ended.
+        Raises: EngineStopped, if the thread has ended.
         """
         if not self._thread.is_alive():
-            raise RuntimeError("the engine is not running")
+            raise EngineStopped
         stream = self._streams.open(request, on_event)
         self._commands.put(lambda engine: engine.add(request))
         return stream
@@ -145,5 +145,5 @@ class EngineThread:
             self._loop.call_soon_threadsafe(callback, argument)
 
     def _crash(self, error: BaseException) -> None:
-        self._streams.fail_all(RuntimeError("the engine stopped"))
+        self._streams.fail_all(EngineStopped())
         self._on_crash(error)

@@ -105,4 +105,12 @@ class Failed:
     error: Exception
 
 
+class Interrupted(Exception):
+    """Of Failed: the engine shut down, and the request goes on at another one."""
+
+
+class EngineStopped(Exception):
+    """Of Failed: the engine crashed, and every request in it failed."""
+
+
 Event = Started | Scheduled | Delta | Finished | Failed

@@ -67,6 +67,7 @@ class Request:
     output: OutputParams = field(default_factory=OutputParams)
     n: int = 1
     continuation: Continuation = field(default_factory=Continuation)
+    is_continuable: bool = False  # whether its reader goes on at another engine after a shutdown
     grammar: Grammar | None = None  # what the completion of each choice belongs to
     share: Share = field(default_factory=Share)  # of the engine, while others wait too
     deadline: float | None = None  # in time.monotonic's seconds: it ends then, with what it has

@@ -29,7 +29,7 @@ class ServingEngine(Protocol):
         """Hand a request over. `on_event` hears of its events on the loop, before any reader takes them.
 
         The events are Started, Scheduled, any deltas, and a Finished for each choice; or at any point Failed.
-        Raises: RuntimeError, if it has ended.
+        Raises: EngineStopped, if it has ended.
         """
         ...
 

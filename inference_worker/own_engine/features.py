@@ -28,6 +28,7 @@ _WORKERS: Final = frozenset(
         "stopping.stop_token_ids",
         "output.token_ids",
         "output.echo",
+        "is_continuable",  # to which `started` says no
     }
 )
 _GROUPS: Final = frozenset({"sampling", "stopping", "output"})

@@ -40,6 +40,10 @@ class OwnServed:
     def context_length(self) -> int:
         return self.info.context_length
 
+    @property
+    def takes_continuations(self) -> bool:
+        return False
+
     def check_honoured(self, message: pb.GenerateRequest) -> None:
         refuse_unhonoured(message, self.opened.card)
 

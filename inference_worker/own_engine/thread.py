@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from inference_worker.engine.engine import Load
 from inference_worker.engine.event import (
+    EngineStopped,
     Event,
     Expired,
     Failed,
@@ -116,7 +117,7 @@ class OwnEngineThread:
         self, request: Request, on_event: Callable[[Event], None] | None = None
     ) -> EventStream:
         if not self._thread.is_alive:
-            raise RuntimeError("the engine is not running")
+            raise EngineStopped
         stream = self._streams.open(request, on_event)
         self._thread.call(self._add, request)
         return stream
@@ -379,7 +380,7 @@ class OwnEngineThread:
             self._loop.call_soon_threadsafe(callback, argument)
 
     def _crash(self, error: BaseException) -> None:
-        self._streams.fail_all(RuntimeError("the engine stopped"))
+        self._streams.fail_all(EngineStopped())
         self._on_crash(error)
 
 

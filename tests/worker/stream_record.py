@@ -13,6 +13,8 @@ class ChoiceRecord:
     """One choice as it arrived."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)  # name and arguments
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     num_tokens: int = 0  # as the deltas count them
@@ -29,6 +31,14 @@ class ChoiceRecord:
             self.echo_logprobs += delta.logprobs
             return
         self.text += delta.text
+        self.reasoning += delta.reasoning
+        for call in delta.tool_calls:
+            if call.HasField("name"):
+                assert call.HasField("id")
+                assert call.index == len(self.calls), "a call begins twice"
+                self.calls.append((call.name, ""))
+            name, arguments = self.calls[call.index]
+            self.calls[call.index] = name, arguments + call.arguments
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.num_tokens += delta.token_count
@@ -79,4 +89,7 @@ class StreamRecord:
             delivered.token_ids.extend(choice.token_ids)
             delivered.text_characters = len(choice.text)
             delivered.echoed_tokens = choice.echoed_tokens
+            delivered.reasoning_characters = len(choice.reasoning)
+            delivered.tool_calls = len(choice.calls)
+            delivered.argument_characters = sum(len(arguments) for _, arguments in choice.calls)
         return rest

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_worker.chat.format import ChatFormat, ToolFormat
-from inference_worker.chat.output import CallPiece, ChatOutput, Piece, Reasoning, Text
+from inference_worker.chat.output import (
+    CallPiece,
+    ChatOutput,
+    DeliveredOutput,
+    Piece,
+    Reasoning,
+    Text,
+)
 
 HERMES = ChatFormat(ToolFormat.HERMES)
 LLAMA3 = ChatFormat(ToolFormat.LLAMA3)
@@ -186,6 +193,38 @@ def test_the_cuts_do_not_matter(chat_format: ChatFormat, texts: list[str], cuts:
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     parts = [text[a:b] for a, b in pairwise(places)]
     assert read(chat_format, parts) == read(chat_format, [text])
+
+
+@given(
+    chat_format=st.sampled_from([HERMES, LLAMA3, MISTRAL, THINKING]),
+    texts=st.lists(TEXTS, max_size=4),
+    cuts=st.lists(st.integers(0, 200), max_size=8),
+    num_read=st.integers(0, 40),
+    is_parallel=st.booleans(),
+)
+def test_who_has_the_beginning_gets_the_rest(
+    chat_format: ChatFormat, texts: list[str], cuts: list[int], num_read: int, is_parallel: bool
+) -> None:
+    text = "".join(texts)
+    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    parts = [text[a:b] for a, b in pairwise(places)]
+
+    def pieces(parts: list[str], delivered: DeliveredOutput | None = None) -> list[Piece]:
+        output = ChatOutput(
+            chat_format, NAMES, is_reasoning=False, is_parallel=is_parallel, delivered=delivered
+        )
+        pushed = [piece for part in parts for piece in output.push(part)]
+        return [*pushed, *output.flush()]
+
+    begun = pieces(list(text))[:num_read]
+    calls = [piece for piece in begun if isinstance(piece, CallPiece)]
+    delivered = DeliveredOutput(
+        text_characters=sum(len(p.text) for p in begun if isinstance(p, Text)),
+        reasoning_characters=sum(len(p.text) for p in begun if isinstance(p, Reasoning)),
+        tool_calls=sum(call.name is not None for call in calls),
+        argument_characters=sum(len(call.arguments) for call in calls),
+    )
+    assert summary([*begun, *pieces(parts, delivered)]) == summary(pieces([text]))
 
 
 @given(

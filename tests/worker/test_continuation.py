@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -22,7 +23,14 @@ from inference_worker.settings import WorkerSettings
 from inference_worker.tokenizer import Tokenizer
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.model.tiny_models import build_from
-from tests.worker.served_worker import ServedWorker, serve
+from tests.worker.served_worker import (
+    Refusal,
+    ServedWorker,
+    generate_request,
+    read_until,
+    serve,
+    serve_script,
+)
 from tests.worker.stream_record import ChoiceRecord, StreamRecord
 
 CONTEXT = 192
@@ -107,17 +115,31 @@ async def _read_among(
     return streams[0]
 
 
-@pytest.fixture(scope="module", params=["random", "embedded"])
+MODELS = ["random", "embedded"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    yield from running_pair(request.param, TIGHT_TOKENS)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def roomy_pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """The second worker has memory for a few sequences of the whole context."""
+    yield from running_pair(request.param, 3 * CONTEXT)
+
+
+def running_pair(name: str, num_tokens: int) -> Iterator[Pair]:
+    """`num_tokens` is the memory of the second one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if request.param == "random":
+    if name == "random":
         model = tiny_llama()
         served = [serve_random(model, **options) for options in (ROOMY, TIGHT)]
     else:
         served = [serve_embedded(**options) for options in (ROOMY, TIGHT)]
     tight = served[1][0].runner
-    tight.num_blocks = TIGHT_TOKENS // tight.block_size
+    tight.num_blocks = num_tokens // tight.block_size
     with asyncio.Runner() as loop:
         stack = AsyncExitStack()
         workers = [
@@ -158,6 +180,10 @@ outputs = st.sampled_from(
         pb.Output(token_ids=True, logprobs=2),
         pb.Output(token_ids=True, echo=True),
         pb.Output(token_ids=True, echo=True, logprobs=1, prompt_logprobs=True),
+        # is_continuable alone has to do
+        pb.Output(),
+        pb.Output(logprobs=0),
+        pb.Output(echo=True),
     ]
 )
 requests = st.builds(
@@ -169,6 +195,7 @@ requests = st.builds(
     ),
     output=outputs,
     n=st.integers(1, 3),
+    is_continuable=st.just(True),
 )
 
 
@@ -223,6 +250,7 @@ def assert_same(joined: StreamRecord, uncut: StreamRecord) -> None:
 
 def assert_same_choice(joined: ChoiceRecord, uncut: ChoiceRecord) -> None:
     assert joined.text == uncut.text
+    assert (joined.reasoning, joined.calls) == (uncut.reasoning, uncut.calls)
     assert joined.token_ids == uncut.token_ids
     assert joined.num_tokens == uncut.num_tokens
     assert (joined.echo, joined.echoed_tokens) == (uncut.echo, uncut.echoed_tokens)
@@ -279,6 +307,41 @@ def test_a_cut_stream_that_goes_on_elsewhere_is_the_uncut_one(pair: Pair) -> Non
 
     check()
     assert pair.load().preemptions  # the second worker did run short of memory
+
+
+WEATHER = pb.Tool(
+    name="get_weather",
+    parameters='{"properties": {"city": {"type": "string"}}, "required": ["city"]}',
+)
+CHATS = [
+    pb.Chat(
+        messages=[pb.ChatMessage(role="user", content=content)],
+        tools=[WEATHER],
+        tool_choice=pb.ToolChoice(mode=mode),
+    )
+    for content in ("What is the weather in Paris?", "Say hello.")
+    for mode in (pb.TOOL_CHOICE_MODE_AUTO, pb.TOOL_CHOICE_MODE_REQUIRED)
+]
+
+
+@pytest.mark.parametrize("number", range(len(CHATS)))
+def test_a_cut_chat_with_calls_of_functions_is_the_uncut_one(roomy_pair: Pair, number: int) -> None:
+    pair = roomy_pair
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(chat=CHATS[number]),
+        sampling=pb.Sampling(temperature=0.7, seed=5),
+        stopping=pb.Stopping(max_tokens=40),
+        n=2,
+        is_continuable=True,
+    )
+    messages = pair.generate(request)
+    assert messages[0].started.is_continuable
+    uncut = StreamRecord().add(messages)
+    if CHATS[number].tool_choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED:
+        assert all(choice.calls for choice in uncut.choices.values())
+    for cut in range(1, len(messages)):
+        joined = StreamRecord().add(messages[:cut])
+        assert_same(joined.add(pair.go_on(joined.going_on(request))), uncut)
 
 
 def cut_after(messages: list[pb.GenerateResponse], kind: str) -> list[pb.GenerateResponse]:
@@ -339,3 +402,29 @@ def test_what_was_computed_before_comes_from_the_prefix_cache(pair: Pair) -> Non
         assert rest.choices[0].text == uncut.choices[0].text
     assert rest.usage is not None
     assert 0 < rest.usage.cached_tokens <= rest.usage.prompt_tokens
+
+
+async def test_a_shutdown_gives_out_nothing_that_a_continuable_stream_holds_back() -> None:
+    text = "The quick brown fox jumps over the lazy dog. "
+    held = text * 20 + "!"  # which never comes, and whose beginning always does
+    stopping = pb.Stopping(stop_sequences=[held], ignore_eos=True)
+    async with serve_script(text=text, step_milliseconds=1) as worker:
+        requests = [
+            generate_request(stopping=stopping, max_tokens=4000, is_continuable=is_continuable)
+            for is_continuable in (True, False)
+        ]
+        calls = [worker.stub.Generate(request) for request in requests]
+        for call, is_continuable in zip(calls, (True, False), strict=True):
+            assert (await read_until(call, "started"))[-1].started.is_continuable == is_continuable
+        while (await worker.load()).generated_tokens < 40:
+            await asyncio.sleep(0.01)
+        worker.worker.stop_admitting()
+        await worker.worker.drain(0)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await calls[0].read()
+        refusal = Refusal(error.value)
+        assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTDOWN")
+        ended = StreamRecord().add(await read_until(calls[1], "finished")).choices[0]
+        assert ended.text
+        assert ended.finished is not None
+        assert ended.finished.finish_reason == pb.FINISH_REASON_SHUTDOWN

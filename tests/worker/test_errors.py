@@ -23,6 +23,8 @@ def all_errors() -> list[errors.SluiceError]:
         errors.KeyLimit("3 of its requests are inside already", 1.0),
         errors.DeadlinePassed(),
         errors.Draining(),
+        errors.Interrupted(),
+        errors.EngineLost(),
         errors.SlowReader(60),
         errors.StreamNotFound(),
         errors.StreamGone(7),

@@ -87,7 +87,7 @@ async def test_a_crash_of_the_engine_fails_every_stream() -> None:
         for call in (worker.stub.Generate(crashing), other):
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await read_rest(call)
-            assert error.value.code() == grpc.StatusCode.INTERNAL
+            assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         assert len(worker.crashes) == 1
         refusal = await refusal_of(worker.stub.Generate(generate_request()))
-        assert refusal.code == grpc.StatusCode.INTERNAL
+        assert refusal.code == grpc.StatusCode.UNAVAILABLE

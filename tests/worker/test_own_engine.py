@@ -311,12 +311,29 @@ async def test_a_failing_abort_is_the_logs_alone(capsys: pytest.CaptureFixture[s
     assert "secret of abort" in capsys.readouterr().out
 
 
+async def test_it_takes_no_continuations_and_says_so() -> None:
+    async with own_worker() as own:
+        call = own.stub.Generate(generate_request(text="say hello", is_continuable=True))
+        asked = [message async for message in call]
+        assert not asked[0].started.is_continuable
+        assert all(not message.delta.token_ids for message in asked)
+        delivered = pb.DeliveredChoice(token_ids=[5])
+        continuation = pb.Continuation(choices=[delivered])
+        sampling = pb.Sampling(temperature=0)
+        refusal = await refusal_of(
+            own.stub.Generate(
+                generate_request(text="say a", continuation=continuation, sampling=sampling)
+            )
+        )
+        assert refusal.code == grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_an_engine_whose_loop_ends_crashes_the_worker() -> None:
     async with own_worker() as own:
         refusal = await refusal_of(
             own.stub.Generate(generate_request(text="collapse", max_tokens=50))
         )
-        assert refusal.code == grpc.StatusCode.INTERNAL
+        assert refusal.code == grpc.StatusCode.UNAVAILABLE
         (crash,) = own.served.crashes
         assert isinstance(crash, SystemExit)
 

@@ -154,7 +154,7 @@ async def test_a_crash_of_the_engine_ends_the_process() -> None:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         request = generate_request(sampling=pb.Sampling(seed=13), max_tokens=9)
         refusal = await refusal_of(stub.Generate(request))
-        assert refusal.code == grpc.StatusCode.INTERNAL
+        assert refusal.code == grpc.StatusCode.UNAVAILABLE
         assert await worker.wait() == 1
         assert "draining" not in worker.events()  # there is nothing to wait for
         assert "the engine crashed" in worker.events()

@@ -159,6 +159,7 @@ class GenerateRequest(google.protobuf.message.Message):
     RESUME_TAG_FIELD_NUMBER: builtins.int
     ANNOTATION_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    IS_CONTINUABLE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Names the request for Abort and in the logs: 1 to 128 characters of [A-Za-z0-9._:-], unique among the running ones.
     Unset: the worker makes one.
@@ -179,6 +180,13 @@ class GenerateRequest(google.protobuf.message.Message):
     annotation: builtins.bytes
     """Kept with the stream and given back in the `started` that a Resume reads: what the caller needs to present the
     stream again, wherever it then is. At most 1 MiB. Only with resume_window.
+    """
+    is_continuable: builtins.bool
+    """The caller goes on with the stream by `continuation` on another worker, should this one be lost. Deltas then carry
+    token_ids whether or not output.token_ids asks for them, those of tokens without text with the next text; and the
+    worker's shutdown ends the stream UNAVAILABLE, with the reason SHUTDOWN, before any text that is held back, where
+    otherwise it ends with FINISH_REASON_SHUTDOWN. Nothing happens on a worker that takes no continuations: `started`
+    tells. Default: false.
     """
     @property
     def prompt(self) -> Global___Prompt:
@@ -255,11 +263,14 @@ class GenerateRequest(google.protobuf.message.Message):
         resume_tag: builtins.str | None = ...,
         annotation: builtins.bytes | None = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        is_continuable: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_is_continuable", b"_is_continuable", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "is_continuable", b"is_continuable", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_is_continuable", b"_is_continuable", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "is_continuable", b"is_continuable", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_is_continuable", b"_is_continuable"]) -> typing.Literal["is_continuable"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
     @typing.overload
@@ -809,7 +820,7 @@ class Continuation(google.protobuf.message.Message):
     together is what one uncut stream delivers: no text, token or log-probability twice or left out, stop sequences
     found across the cut, penalties, seeds and max_tokens counting the delivered tokens too, usage the whole. Tokens that
     were drawn and not delivered are drawn again, alike. A choice that ended CANCELLED, SHUTDOWN or PREEMPTED cannot go
-    on exactly: its end gave out text that was held back. On workers that do not run --deterministic a logit may differ
+    on exactly: its end gave out text that was held back; with is_continuable a shutdown does not. On workers that do not run --deterministic a logit may differ
     in its last bits from the first worker's, and with it, rarely, a token.
 
     Errors: INVALID_ARGUMENT for what one such stream cannot have delivered (a choice that is not below n or comes twice,
@@ -844,6 +855,9 @@ class DeliveredChoice(google.protobuf.message.Message):
     TEXT_CHARACTERS_FIELD_NUMBER: builtins.int
     ECHOED_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    REASONING_CHARACTERS_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_FIELD_NUMBER: builtins.int
+    ARGUMENT_CHARACTERS_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
     """Which choice, from 0, below n."""
     text_characters: builtins.int
@@ -856,6 +870,12 @@ class DeliveredChoice(google.protobuf.message.Message):
     """Its Finished.completion_tokens, if that arrived: the choice is over, counts in usage and is not sent again. The
     other fields are then left unset.
     """
+    reasoning_characters: builtins.int
+    """Of a chat: length of its reasoning, in Unicode code points."""
+    tool_calls: builtins.int
+    """Of a chat: calls of functions that began."""
+    argument_characters: builtins.int
+    """Of a chat: length of the arguments of all of its calls together, in Unicode code points."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Its completion tokens: the token_ids of its deltas in order, the echoed prompt's not among them."""
@@ -868,9 +888,12 @@ class DeliveredChoice(google.protobuf.message.Message):
         text_characters: builtins.int = ...,
         echoed_tokens: builtins.int = ...,
         completion_tokens: builtins.int | None = ...,
+        reasoning_characters: builtins.int = ...,
+        tool_calls: builtins.int = ...,
+        argument_characters: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_completion_tokens", b"_completion_tokens", "completion_tokens", b"completion_tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_completion_tokens", b"_completion_tokens", "choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "echoed_tokens", b"echoed_tokens", "text_characters", b"text_characters", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_completion_tokens", b"_completion_tokens", "argument_characters", b"argument_characters", "choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "echoed_tokens", b"echoed_tokens", "reasoning_characters", b"reasoning_characters", "text_characters", b"text_characters", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_completion_tokens", b"_completion_tokens"]) -> typing.Literal["completion_tokens"] | None: ...
 
 Global___DeliveredChoice: typing_extensions.TypeAlias = DeliveredChoice
@@ -937,6 +960,7 @@ class Started(google.protobuf.message.Message):
     RESUME_ID_FIELD_NUMBER: builtins.int
     RESUME_WINDOW_FIELD_NUMBER: builtins.int
     ANNOTATION_FIELD_NUMBER: builtins.int
+    IS_CONTINUABLE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id, given or made."""
     model: builtins.str
@@ -959,6 +983,8 @@ class Started(google.protobuf.message.Message):
     """
     annotation: builtins.bytes
     """GenerateRequest.annotation, where a Resume reads it."""
+    is_continuable: builtins.bool
+    """Whether another worker of this kind can go on with the stream; only if the request has is_continuable."""
     @property
     def sampling(self) -> Global___Sampling:
         """The sampling parameters in effect, every field set."""
@@ -986,9 +1012,10 @@ class Started(google.protobuf.message.Message):
         resume_id: builtins.str | None = ...,
         resume_window: google.protobuf.duration_pb2.Duration | None = ...,
         annotation: builtins.bytes | None = ...,
+        is_continuable: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "created_at", b"created_at", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "is_continuable", b"is_continuable", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
     @typing.overload
@@ -1024,7 +1051,7 @@ class Delta(google.protobuf.message.Message):
     """More of the model's reasoning, which precedes its answer; for chats, where the model marks it. Comes before text."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Ids of the tokens that became certain, if output.token_ids asked for them. Stop tokens are not among them."""
+        """Ids of the tokens that became certain, if output.token_ids or is_continuable asked for them. Stop tokens are not among them."""
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
