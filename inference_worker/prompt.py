@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 from inference_worker.chat.format import ChatFormat
 from inference_worker.chat.request import check_chat, render
+from inference_worker.control_tokens import ControlTokenError
 from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import refuse_unknown_fields
 from inference_worker.tokenizer import TemplateError, Tokenizer
@@ -35,6 +36,8 @@ def check_prompt(prompt: pb.Prompt, chat_format: ChatFormat, path: str = "prompt
             refuse_unknown_fields(prompt.token_ids, f"{path}.token_ids")
             if not prompt.token_ids.ids:
                 raise InvalidField(f"{path}.token_ids", "is empty")
+            if prompt.HasField("special_tokens"):
+                raise InvalidField(f"{path}.special_tokens", "token ids are what they are")
         case "chat":
             check_chat(prompt.chat, f"{path}.chat", chat_format)
         case _:
@@ -121,23 +124,33 @@ class PromptReader:
     def _read(self, prompt: pb.Prompt, path: str) -> list[int]:
         match prompt.WhichOneof("input"):
             case "text":
-                ids = self._tokenizer.encode(prompt.text)
+                ids = self._read_text(prompt, f"{path}.text")
                 self._check_made(ids, f"{path}.text")
             case "token_ids":
                 ids = list(prompt.token_ids.ids)
                 self._check_ids(ids, f"{path}.token_ids.ids")
             case _:
-                ids = self._read_chat(prompt.chat, f"{path}.chat")
+                ids = self._read_chat(prompt, f"{path}.chat")
                 self._check_made(ids, f"{path}.chat")
         if not ids:
             raise InvalidField(path, "has no tokens")
         return ids
 
-    def _read_chat(self, chat: pb.Chat, path: str) -> list[int]:
-        rendered = render(chat, path)
+    def _read_text(self, prompt: pb.Prompt, path: str) -> list[int]:
+        is_special = prompt.special_tokens if prompt.HasField("special_tokens") else True
+        try:
+            return self._tokenizer.encode(prompt.text, special_tokens=is_special)
+        except ControlTokenError as error:
+            raise InvalidField(path, str(error)) from error
+
+    def _read_chat(self, prompt: pb.Prompt, path: str) -> list[int]:
+        rendered = render(prompt.chat, path)
         try:
             return self._tokenizer.encode_chat(
-                rendered.messages, rendered.tools, rendered.arguments
+                rendered.messages,
+                rendered.tools,
+                rendered.arguments,
+                special_tokens=prompt.special_tokens,
             )
         except TemplateError as error:
             raise InvalidField(path, str(error)) from error

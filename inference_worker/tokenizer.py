@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from inference_worker.chat.format import MARKS, THINK_START, ChatFormat
+from inference_worker.control_tokens import ControlTokenError, ControlTokens, unused_mark
 from inference_worker.engine.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -47,6 +49,9 @@ class Tokenizer:
             token_id
             for token_id, token in hf_tokenizer.added_tokens_decoder.items()
             if token.special
+        )
+        self._control_tokens = ControlTokens(
+            token.content for token in hf_tokenizer.added_tokens_decoder.values() if token.special
         )
         decoder = json.loads(self._backend.to_str())["decoder"]
         raw = _bytes_of_tokens(self._backend, hf_tokenizer.added_tokens_decoder, decoder)
@@ -101,9 +106,15 @@ class Tokenizer:
         end = self.decode(prompt[-_MARK_TOKENS:], keep_special_tokens=True)
         return self.chat_format.marks_reasoning and end.rstrip().endswith(THINK_START)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, after the special tokens that the tokenizer puts before every text."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, after the special tokens that the tokenizer puts before every text.
+
+        Without `special_tokens` the name of one in the text is text. Raises: ControlTokenError, for a name that cannot
+        be.
+        """
+        if special_tokens:
+            return self._encode(text, add_special_tokens=True)
+        return self._encode_pieces(self._control_tokens.pieces(text), add_special_tokens=True)
 
     def split(self, text: str) -> list[tuple[int, str]]:
         """The tokens of a text that continues another, each with its part of it; the parts are the whole text.
@@ -128,11 +139,33 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         arguments: dict[str, Any] | None = None,
+        *,
+        special_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
-        `arguments` are more variables of the template. Raises: TemplateError.
+        `arguments` are more variables of the template. Names of special tokens in any of these are text, unless
+        `special_tokens` says that they are those tokens; the template's own always are. Raises: TemplateError.
         """
+        given: Any = [messages, tools, arguments]
+        if special_tokens:
+            return self._encode(self._render(*given), add_special_tokens=False)
+        try:
+            mark = unused_mark(given)
+            marked = self._control_tokens.marked(given, mark)
+            text = self._render(*marked)
+            pieces = self._control_tokens.marked_pieces(text, mark)
+        except ControlTokenError as error:
+            raise TemplateError(str(error)) from error
+        return self._encode_pieces(pieces, add_special_tokens=False)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        arguments: dict[str, Any] | None,
+    ) -> str:
+        """What the template makes of them: it writes every special token itself. Raises: TemplateError."""
         if reserved := _RESERVED_ARGUMENTS & (arguments or {}).keys():
             raise TemplateError(f"{min(reserved)} is not the caller's to set")
         if not self.has_chat_template:
@@ -151,8 +184,7 @@ class Tokenizer:
             raise TemplateError(f"the chat template refuses the messages: {error}") from error
         if _SURROGATE.search(text):  # JSON inside a chat can spell one
             raise TemplateError("half of a surrogate pair is no character")
-        # the template writes every special token itself
-        return self._encode(text, add_special_tokens=False)
+        return str(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token, a special one's name included; empty for an id that has no token."""
@@ -178,6 +210,15 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
+
+    def _encode_pieces(self, pieces: list[str], *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text in pieces. A tokenizer that puts a space before a text puts one before each."""
+        if len(pieces) <= 1:
+            return self._encode("".join(pieces), add_special_tokens=add_special_tokens)
+        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        if add_special_tokens:
+            encodings = [self._backend.post_process(Encoding.merge(encodings))]
+        return [token_id for encoding in encodings for token_id in encoding.ids]
 
     def _window_decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         text: str = self._backend.decode(

@@ -79,6 +79,11 @@ class StreamFields(SamplingFields, StoppingFields):
         " it goes on, and after its end. 0 is not at all: the generation ends with its connection. When left out, 0"
         " for POST, and for GET what the server is set to.",
     )
+    special_tokens: bool | None = Field(
+        None,
+        description="Whether the name of a special token in the prompt or messages becomes that token, and is not text."
+        " By default it does in a prompt, and does not in messages.",
+    )
 
 
 class StreamConstraint(RequestModel):
@@ -143,7 +148,10 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
             "Give exactly one of prompt, token_ids and messages.", given[1] if given else "prompt"
         )
     constraint = None if stream.constraint is None else stream.constraint.message()
-    return _parsed(stream, _prompt(stream), constraint)
+    prompt = _prompt(stream)
+    if stream.special_tokens is not None:
+        prompt.special_tokens = stream.special_tokens
+    return _parsed(stream, prompt, constraint)
 
 
 def _prompt(stream: StreamRequest) -> pb.Prompt:
@@ -175,7 +183,8 @@ def parse_query(parameters: list[tuple[str, str]], limits: PromptLimits) -> Pars
         else:
             values[name] = value
     query = validate(StreamQuery, values, strict=False)
-    return _parsed(query, pb.Prompt(text=query.prompt), window=limits.resume_window_seconds)
+    prompt = pb.Prompt(text=query.prompt, special_tokens=query.special_tokens)
+    return _parsed(query, prompt, window=limits.resume_window_seconds)
 
 
 def resume(last_event_id: str) -> ParsedRequest | None:
@@ -236,6 +245,7 @@ def _parsed(
         {
             "prompt": "prompt",
             "prompt.text": "prompt",
+            "prompt.special_tokens": "special_tokens",
             "prompt.chat": "messages",
             "prompt.chat.messages": "messages",
             "prompt.chat.tools": "tools",

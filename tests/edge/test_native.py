@@ -215,3 +215,17 @@ async def test_delete_refuses_what_is_no_id(
     assert (await http.delete("/v1/streams/a%20b")).status_code == 400
     assert (await http.delete("/v1/streams/" + "a" * 129)).status_code == 400
     assert worker.aborted == []
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+async def test_special_tokens_are_asked_for_by_name(
+    http: httpx.AsyncClient, worker: ScriptedWorker, value: bool | None
+) -> None:
+    field = {} if value is None else {"special_tokens": value}
+    await http.post("/v1/streams", json={"prompt": "hi"} | field)
+    query = {"prompt": "hi"} | ({} if value is None else {"special_tokens": str(value).lower()})
+    await http.get("/v1/streams", params=query)
+    for call in worker.calls:
+        prompt = call.request.prompt
+        assert (prompt.special_tokens if prompt.HasField("special_tokens") else None) is value
+    assert len(worker.calls) == 2

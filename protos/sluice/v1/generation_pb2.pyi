@@ -337,8 +337,15 @@ class Prompt(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     CHAT_FIELD_NUMBER: builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     text: builtins.str
     """Plain text. Special tokens that the tokenizer puts before a text (such as BOS) are added."""
+    special_tokens: builtins.bool
+    """Whether the name of a special token (such as <|im_end|>) in what the caller wrote becomes that token; otherwise it is
+    text like any other. Special tokens that the chat template writes are always those. Not with token_ids. Default:
+    true for text, which has no template but the caller's own; false for all of a chat, whose users are not to speak as
+    somebody else.
+    """
     @property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -353,9 +360,13 @@ class Prompt(google.protobuf.message.Message):
         text: builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
         chat: Global___Chat | None = ...,
+        special_tokens: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_special_tokens", b"_special_tokens", "chat", b"chat", "input", b"input", "special_tokens", b"special_tokens", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_special_tokens", b"_special_tokens", "chat", b"chat", "input", b"input", "special_tokens", b"special_tokens", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_special_tokens", b"_special_tokens"]) -> typing.Literal["special_tokens"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["text", "token_ids", "chat"] | None: ...
 
 Global___Prompt: typing_extensions.TypeAlias = Prompt
