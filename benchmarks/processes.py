@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,16 @@ class Process:
                         return fields
             time.sleep(_POLL_SECONDS)
         raise StartFailed(f"no line {event!r}; the log says:\n{self._log.read_text()[-2000:]}")
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def end(self, number: signal.Signals) -> None:
+        """Send it a signal that ends it, and wait until it has ended."""
+        self._process.send_signal(number)
+        self._process.wait()
 
     def stop(self) -> None:
         """End it at once: it holds nothing that must be kept."""
