@@ -150,6 +150,7 @@ class Soak:
         self._workers = workers
         self._port = port
         self.tally = Tally()
+        self.has_passed = False
 
     async def run(self, seconds: float, warm_up_seconds: float, kill_seconds: float) -> Report:
         """Traffic for so long after a warm-up, with kills. Raises: TimeoutError, if the workers do not come to rest."""
@@ -226,7 +227,7 @@ def running_soak() -> Iterator[Soak]:
         edge, port = stack.enter_context(running_edge(",".join(addresses), **_EDGE))
         subjects = [
             Subject("edge", edge, f"http://127.0.0.1:{port}/metrics"),
-            Subject("lasting worker", lasting, f"http://{ready['metrics']}/metrics"),
+            Subject("lasting worker", lasting, f"http://127.0.0.1:{ready['metrics_port']}/metrics"),
         ]
         stubs = [
             pb_grpc.GenerationServiceStub(grpc.aio.insecure_channel(address))
