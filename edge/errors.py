@@ -17,6 +17,15 @@ _CONTRACT_PATH = re.compile(r"(?<![\w.])(?:prompt|sampling|stopping|output)(?:\.
 RETRY_MIN_MS, RETRY_MAX_MS = 1000, 5000
 
 
+# What the body's `code` says of a refusal, by the worker's reason.
+OVERLOAD_CODES = {
+    "QUEUE_FULL": "queue_full",
+    "TOKEN_BUDGET": "token_budget",
+    "WOULD_MISS_DEADLINE": "would_miss_deadline",
+    "KEY_LIMIT": "key_limit",
+}
+
+
 @dataclass(eq=False)
 class EdgeError(Exception):
     """A failure as a client sees it: an HTTP status before the 200, an error event after it."""
@@ -223,6 +232,11 @@ def _from_call_status(code: grpc.StatusCode, details: str | None, rich: bytes | 
     error.reason = info.reason
     if code is grpc.StatusCode.NOT_FOUND and info.reason and "REQUEST" in info.reason:
         error.code = "request_not_found"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and info.reason in OVERLOAD_CODES:
+        error.code = OVERLOAD_CODES[info.reason]
+        if info.reason == "KEY_LIMIT":  # the client's own doing, and as long as it takes
+            error.type = "rate_limit_error"
+            error.retry_after_ms = max(info.retry_ms or 0, RETRY_MIN_MS)
     return error
 
 

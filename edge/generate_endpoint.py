@@ -16,6 +16,7 @@ from edge.event_stream import EventStream, StreamTiming
 from edge.gate import caller_of
 from edge.generation import Generation
 from edge.request_log import RequestRecord, record_of
+from edge.request_timeout import limit_by_header
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
 
@@ -49,10 +50,12 @@ class GenerateEndpoint:
         record = record_of(scope)
         try:
             try:
-                parsed = await self._parse(Request(scope, receive), self._limits)
+                request = Request(scope, receive)
+                parsed = await self._parse(request, self._limits)
                 if parsed is None:
                     await Response(status_code=204)(scope, receive, send)
                     return
+                limit_by_header(request, parsed.requests)
                 caller = caller_of(scope)
                 if caller is not None:
                     for message in parsed.requests:

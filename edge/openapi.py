@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from edge.gate import QUERY_PARAMETER
+from edge.generate_endpoint import GenerateEndpoint
 from edge.operation import Operation
 from edge.response_schema import Error
 from edge.version import version_of_sluice
@@ -21,11 +22,11 @@ _ID_HEADERS = {
 }
 _RETRY_HEADERS = {
     "retry-after": {
-        "schema": {"type": "integer", "minimum": 1, "maximum": 5},
-        "description": "Seconds to wait.",
+        "schema": {"type": "integer", "minimum": 1},
+        "description": "Seconds to wait: 1 to 5, but for a limit of the key's own.",
     },
     "retry-after-ms": {
-        "schema": {"type": "integer", "minimum": 1000, "maximum": 5000},
+        "schema": {"type": "integer", "minimum": 1000},
         "description": "The same in milliseconds.",
     },
 }
@@ -42,6 +43,13 @@ _LAST_EVENT_ID_PARAMETER = {
     "required": False,
     "description": "Sent by an EventSource that reconnects.",
     "schema": {"type": "string"},
+}
+_TIMEOUT_PARAMETER = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "required": False,
+    "description": "Seconds until the generation has to end; at most the server's own limit.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
 }
 _IN_QUERY = "query"
 _SECURITY = {
@@ -139,6 +147,8 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         ]
     if "finished" in operation.events:
         parameters.append(_LAST_EVENT_ID_PARAMETER)
+    if isinstance(operation.endpoint, GenerateEndpoint):
+        parameters.append(_TIMEOUT_PARAMETER)
     return [*parameters, _REQUEST_ID_PARAMETER]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 
 from edge.errors import EdgeError
+from edge.request_timeout import duration, seconds_of
 from edge.worker_client import GenerateCall, WorkerClient, error_from_call
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -14,6 +15,9 @@ from protos.sluice.v1 import generation_pb2 as pb
 # A refusal for want of room holds for one worker. One more is asked, and only if it has not lately refused itself:
 # where all are overloaded a request costs one refusal, and never more than two, however many workers there are.
 _REFUSALS = 2
+# How long after a request's deadline its call ends: the worker ends it at the deadline, and says how that was.
+GRACE_SECONDS = 2.0
+_LEAST_SECONDS = 0.001
 # This one holds for a key wherever it goes.
 _KEY_LIMIT = "KEY_LIMIT"
 
@@ -25,7 +29,8 @@ class WorkerStream:
         self._workers = workers
         self._request = request
         self._clock = asyncio.get_running_loop().time
-        self._deadline = self._clock() + workers.settings.request_timeout_seconds
+        limit = workers.settings.request_timeout_seconds
+        self._deadline = self._clock() + min(limit, seconds_of(request))
         self._call: GenerateCall | None = None
         self._waiting: asyncio.Future[WorkerClient] | None = None
         self._tried: list[WorkerClient] = []
@@ -62,8 +67,12 @@ class WorkerStream:
     def _generate(self, worker: WorkerClient) -> GenerateCall:
         if self._is_cancelled:
             raise asyncio.CancelledError
-        left = max(self._deadline - self._clock(), 0.0)
-        self._call = worker.generate(self._request, left)
+        left = max(self._deadline - self._clock(), _LEAST_SECONDS)
+        if self._request.HasField("resume"):  # whose generation has a deadline of its own
+            self._request.ClearField("timeout")
+        else:
+            self._request.timeout.CopyFrom(duration(left))
+        self._call = worker.generate(self._request, left + GRACE_SECONDS)
         return self._call
 
     async def _read(self, call: GenerateCall) -> pb.GenerateResponse | None:

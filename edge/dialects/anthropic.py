@@ -128,6 +128,8 @@ def _error(error: EdgeError, status: int, request_id: str) -> bytes:
     if kind is None:
         kind = "invalid_request_error" if status < 500 else "api_error"
     detail = {"type": kind, "message": error.message}
+    if status in (429, _OVERLOADED) and error.code is not None:
+        detail["code"] = error.code
     return encode({"type": "error", "error": detail, "request_id": request_id})
 
 

@@ -237,6 +237,7 @@ class AnthropicErrorDetail(ResponseModel):
 
     type: str
     message: str
+    code: str | None = Field(None, description="Of a refusal for want of room: why.")
 
 
 class AnthropicError(ResponseModel):

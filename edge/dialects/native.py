@@ -25,6 +25,7 @@ from edge.dialects.schema import (
     SamplingFields,
     SomeItems,
     StoppingFields,
+    TimeoutField,
     Uint32,
     validate,
 )
@@ -57,7 +58,7 @@ class StreamTool(RequestModel):
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments.")
 
 
-class StreamFields(SamplingFields, StoppingFields):
+class StreamFields(SamplingFields, StoppingFields, TimeoutField):
     """What POST and GET have in common."""
 
     model: str | None = Field(
@@ -240,6 +241,7 @@ def _parsed(
         n=stream.n,
         constraint=constraint,
         resume_window=window_message(window),
+        timeout=stream.timeout_duration(),
     )
     names = field_names(
         {

@@ -34,6 +34,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
         output=pb.Output(logprobs=(chat.top_logprobs or 0) if chat.logprobs else None),
         n=chat.n,
         constraint=constraint,
+        timeout=chat.timeout_duration(),
     )
     return ParsedRequest(
         generation_id,

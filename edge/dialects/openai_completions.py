@@ -143,6 +143,7 @@ def _template(
         ),
         n=completion.n,
         constraint=constraint,
+        timeout=completion.timeout_duration(),
     )
     request.stopping.stop_sequences.extend(completion.stop_sequences or [])
     asks_for_sampling = (completion.temperature, completion.top_k, completion.top_p)

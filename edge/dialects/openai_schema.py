@@ -5,7 +5,13 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import Field
 
 from edge.dialects.constraint import ConstraintFields
-from edge.dialects.schema import RequestModel, SamplingFields, StoppingFields, Uint32
+from edge.dialects.schema import (
+    RequestModel,
+    SamplingFields,
+    StoppingFields,
+    TimeoutField,
+    Uint32,
+)
 from edge.errors import invalid_request
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -29,7 +35,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: Literal[False] | None = Field(None, description="Not supported.")
 
 
-class OpenAIFields(SamplingFields, StoppingFields, ConstraintFields):
+class OpenAIFields(SamplingFields, StoppingFields, ConstraintFields, TimeoutField):
     """Fields of both OpenAI routes."""
 
     model: str | None = Field(

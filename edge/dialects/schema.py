@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
+from google.protobuf import duration_pb2
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from edge.errors import EdgeError, invalid_request
+from edge.request_timeout import duration
 from protos.sluice.v1 import generation_pb2 as pb
 
 # Bounds of the contract's number types. What values make sense is the worker's to say.
@@ -88,6 +90,19 @@ class SamplingFields(RequestModel):
                 raise invalid_request("Not a token id.", f"logit_bias[{token_id}]")
             message.logit_bias[int(token_id)] = bias
         return message
+
+
+class TimeoutField(RequestModel):
+    """For dialects that have no field of this name themselves: not Triton's, whose `timeout` is in microseconds."""
+
+    timeout: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Seconds until the generation has to end, as X-Request-Timeout; at most the server's own limit.",
+    )
+
+    def timeout_duration(self) -> duration_pb2.Duration | None:
+        """In the contract's words."""
+        return None if self.timeout is None else duration(self.timeout)
 
 
 class StoppingFields(RequestModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from inference_worker.engine.fair_queue import FairQueue, Share
 
@@ -28,20 +29,22 @@ class FairSlots:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it came at this very moment
+            if turn.cancelled():
+                with suppress(ValueError):  # if nobody has passed it over meanwhile
+                    self._queue.remove(turn)
+            else:  # it came at this very moment
                 self.release()
-            else:
-                self._queue.remove(turn)
             raise
 
     def release(self) -> None:
         """Give a place back."""
-        if not self._queue:
-            self._num_free += 1
-            return
-        turn = self._queue.first()
-        self._queue.remove(turn)
-        turn.set_result(None)
+        while self._queue:
+            turn = self._queue.first()
+            self._queue.remove(turn)
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._num_free += 1
 
     def charge(self, share: Share, tokens: int) -> None:
         """Tokens were served."""

@@ -205,6 +205,7 @@ class OwnEngineThread:
     @asynccontextmanager
     async def _slot(self, running: _Running) -> AsyncGenerator[None, None]:
         self._waiting += 1
+        self._wake()
         try:
             await self._slots.acquire(running.live.request.share)
         finally:

@@ -39,6 +39,7 @@ async def sent(
     response = await http.post(path, json=INPUT[path] | fields)
     assert response.status_code == 200, response.text
     request = json_format.MessageToDict(worker.call.request, preserving_proto_field_name=True)
+    assert request.pop("timeout")
     assert request.pop("request_id").startswith("msg-")
     worker.calls.clear()
     return request

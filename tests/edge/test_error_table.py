@@ -12,6 +12,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.edge_process import EdgeProcess, running_edge
 from tests.edge.raw_http import RawClient, request_bytes, split_chunked
 from tests.edge.scripted_worker import (
+    MODEL,
     ScriptedCall,
     ScriptedWorker,
     bad_field,
@@ -57,6 +58,15 @@ BEFORE: list[tuple[grpc.StatusCode, list[Message], int, str, str | None, str | N
     ),
     (Code.ALREADY_EXISTS, [], 409, "invalid_request_error", "already_exists", None),
     (Code.RESOURCE_EXHAUSTED, [retry_in(2.2)], 429, "overloaded", "overloaded", None),
+    *(
+        (Code.RESOURCE_EXHAUSTED, [error_info(reason), retry_in(2.2)], 429, kind, code, None)
+        for reason, kind, code in (
+            ("QUEUE_FULL", "overloaded", "queue_full"),
+            ("TOKEN_BUDGET", "overloaded", "token_budget"),
+            ("WOULD_MISS_DEADLINE", "overloaded", "would_miss_deadline"),
+            ("KEY_LIMIT", "rate_limit_error", "key_limit"),
+        )
+    ),
     (Code.CANCELLED, [], 499, "cancelled", "cancelled", None),
     (Code.UNAVAILABLE, [error_info("DRAINING")], 503, "unavailable", "unavailable", None),
     (Code.ABORTED, [], 503, "unavailable", "unavailable", None),
@@ -118,6 +128,31 @@ async def test_retry_after_is_an_integer_of_1_to_5(
     assert response.headers["retry-after"] == header
     assert response.headers["retry-after-ms"] == header_ms
     assert response.headers["x-should-retry"] == "true"
+
+
+async def test_retry_after_of_a_keys_own_limit_is_as_long_as_it_takes(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    worker.script = failing(
+        Code.RESOURCE_EXHAUSTED, "spent", error_info("KEY_LIMIT"), retry_in(41.5)
+    )
+    response = await http.post("/v1/chat/completions", json=CHAT)
+    assert (response.status_code, response.headers["retry-after"]) == (429, "42")
+    body = {"model": MODEL, "max_tokens": 4, **CHAT}
+    response = await http.post("/v1/messages", json=body)
+    assert (response.status_code, response.headers["retry-after"]) == (429, "42")
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "key_limit")
+
+
+async def test_anthropic_says_529_and_why(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    worker.script = failing(
+        Code.RESOURCE_EXHAUSTED, "full", error_info("TOKEN_BUDGET"), retry_in(2)
+    )
+    response = await http.post("/v1/messages", json={"model": MODEL, "max_tokens": 4, **CHAT})
+    assert (response.status_code, response.headers["retry-after"]) == (529, "2")
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("overloaded_error", "token_budget")
 
 
 async def test_a_message_too_large_for_the_worker_is_a_413(

@@ -97,7 +97,7 @@ async def test_every_parameter_is_in_it(document: dict[str, Any]) -> None:
     assert "logit_bias" not in query
     assert query["stop"]["schema"]["type"] == "array"
     headers = {p["name"] for p in get["parameters"] if p["in"] == "header"}
-    assert headers == {"Last-Event-ID", "x-request-id"}
+    assert headers == {"Last-Event-ID", "x-request-id", "X-Request-Timeout"}
     body = document["components"]["schemas"]["ChatCompletionRequest"]
     assert body["additionalProperties"] is False
     assert body["required"] == ["messages"]

@@ -25,11 +25,12 @@ OPENAI = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def sent(
     http: httpx.AsyncClient, worker: ScriptedWorker, path: str, **fields: Any
 ) -> dict[str, Any]:
-    """What the worker received, as JSON, without ids."""
+    """What the worker received, as JSON, without id and timeout."""
     response = await http.post(path, json=INPUT[path] | fields)
     assert response.status_code == 200, response.text
     request = json_format.MessageToDict(worker.call.request, preserving_proto_field_name=True)
     assert request.pop("request_id")
+    assert request.pop("timeout")
     worker.calls.clear()
     return request
 
