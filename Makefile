@@ -27,7 +27,7 @@ help:
 run: $(VENV)/installed-serve
 	@$(BIN)/python deploy/local.py
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/installed-gateway
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/installed-dev
@@ -72,4 +72,11 @@ $(VENV)/installed-dev: $(VENV)/installed-serve
 	@$(PIP_INSTALL) -e '.[dev]'
 	@# deprecated, and on some later Python perhaps not to be had: then the tests that need it are skipped
 	@$(PIP_INSTALL) -e '.[quantize]' || echo 'autoawq cannot be installed: the quantize command is not tested'
+	@touch $@
+
+# In a folder of its own: see constraints.gateway.txt. The tests' own process never sees it.
+$(VENV)/installed-gateway: $(VENV)/installed-dev constraints.gateway.txt
+	@$(BIN)/python -m pip install --no-warn-conflicts --upgrade --target $(VENV)/gateway -c constraints.gateway.txt \
+		smg smg-grpc-proto grpcio-health-checking grpcio-reflection grpcio-status || \
+		echo 'smg cannot be installed: the vLLM contract and its gateway are not tested'
 	@touch $@

@@ -17,6 +17,7 @@ from inference_worker.worker import Worker
 from protos.sluice.v1 import generation_pb2, generation_pb2_grpc
 
 SERVICE_NAME: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+VLLM_SERVICE_NAME: Final = "vllm.grpc.engine.VllmEngine"  # with --vllm-engine
 _STOP_SECONDS: Final = 0.5  # for the last bytes to leave
 
 
@@ -30,7 +31,10 @@ class Server:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._server = grpc.aio.server(options=_options(settings))
-        self._health = HealthService(("", SERVICE_NAME))
+        self._names = [SERVICE_NAME]
+        if settings.vllm_engine:
+            self._names.append(VLLM_SERVICE_NAME)
+        self._health = HealthService(("", *self._names))
         self.address = ""  # known once bound
 
     def bind(self) -> None:
@@ -53,8 +57,13 @@ class Server:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(worker, self._settings.send_timeout_seconds), self._server
         )
+        if self._settings.vllm_engine:
+            # comes with an extra
+            from inference_worker.vllm_engine.service import add_to_server
+
+            add_to_server(worker, self._settings, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        _add_reflection(self._server)
+        _add_reflection(self._server, self._names)
         await self._server.start()
         self._health.set_serving(True)
 
@@ -105,10 +114,10 @@ def _options(settings: WorkerSettings) -> list[tuple[str, Any]]:
     ]
 
 
-def _add_reflection(server: grpc.aio.Server) -> None:
+def _add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
     """Serve reflection as v1alpha and, for newer clients, as v1: the messages are the same on the wire."""
     health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    names = (SERVICE_NAME, health_name, reflection.SERVICE_NAME)
+    names = (*services, health_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     handler = grpc.stream_stream_rpc_method_handler(
         reflection.aio.ReflectionServicer(names).ServerReflectionInfo,

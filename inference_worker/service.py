@@ -37,8 +37,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Stream one generation."""
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        async with _statuses(context), aclosing(self._worker.generate(request, deadline)) as stream:
-            with _Writer(context, self._send_timeout_seconds) as writer:
+        async with statuses(context), aclosing(self._worker.generate(request, deadline)) as stream:
+            with Writer(context, self._send_timeout_seconds) as writer:
                 async for message in stream:
                     try:
                         await writer.write(message)
@@ -49,39 +49,39 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.AbortRequest, context: Context
     ) -> pb.AbortResponse:
         """End a generation from another connection."""
-        async with _statuses(context):
+        async with statuses(context):
             return self._worker.abort(request)
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.GetModelResponse:
         """Describe the served model."""
-        async with _statuses(context):
+        async with statuses(context):
             return self._worker.get_model(request)
 
     async def GetLoad(  # noqa: N802
         self, request: pb.GetLoadRequest, context: Context
     ) -> pb.GetLoadResponse:
         """Tell how busy the worker is."""
-        async with _statuses(context):
+        async with statuses(context):
             return self._worker.get_load(request)
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Context
     ) -> pb.TokenizeResponse:
         """Turn a prompt into token ids."""
-        async with _statuses(context):
+        async with statuses(context):
             return await self._worker.tokenize(request)
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
         """Turn token ids into text."""
-        async with _statuses(context):
+        async with statuses(context):
             return await self._worker.detokenize(request)
 
 
-class _Writer:
+class Writer:
     """Writes the messages of one stream, as long as its caller reads them. A context manager."""
 
     def __init__(self, context: Context, timeout_seconds: float) -> None:
@@ -91,7 +91,7 @@ class _Writer:
         self._is_overdue = False
         self._pending = Watchdog(timeout_seconds, self._give_up)
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> Writer:
         self._pending.__enter__()
         return self
 
@@ -118,7 +118,7 @@ class _Writer:
 
 
 @asynccontextmanager
-async def _statuses(context: Context) -> AsyncGenerator[None, None]:
+async def statuses(context: Context) -> AsyncGenerator[None, None]:
     """End the call with the status of whatever error leaves the block; no internal text reaches the caller."""
     try:
         yield

@@ -289,6 +289,13 @@ class WorkerSettings(BaseSettings):
         json_schema_extra=unit("seconds"),
     )
 
+    vllm_engine: bool = Field(
+        False,
+        description="Serve vllm.grpc.engine.VllmEngine too, for a gateway that drives vLLM's workers. Needs the extra "
+        "gateway.",
+        json_schema_extra=unit("bool"),
+    )
+
     # --- metrics
     metrics_port: int | None = Field(
         None,
@@ -322,6 +329,20 @@ class WorkerSettings(BaseSettings):
     def _split_names(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("vllm_engine")
+    @classmethod
+    def _check_vllm_engine(cls, value: bool) -> bool:
+        if value:
+            # Imported only now, and before a model is loaded: the package is an extra, and wants a newer protobuf than
+            # the worker does.
+            try:
+                import smg_grpc_proto.generated.vllm_engine_pb2_grpc  # noqa: F401
+            except Exception as error:
+                raise ValueError(
+                    f"needs the extra gateway: pip install 'sluice[gateway]' ({error})"
+                ) from error
         return value
 
     @model_validator(mode="after")

@@ -222,6 +222,13 @@ class Worker:
         else:
             record.write("OK")
 
+    def log_refusal(self, request_id: str, error: SluiceError) -> None:
+        """Write the line of a request that its transport could not read, and that never comes to `generate`."""
+        message = pb.GenerateRequest(request_id=request_id)
+        record = RequestRecord(message, RequestMetrics(self.metrics), logs_prompts=False)
+        status = status_of(error)
+        record.write(status.code.name, reason=status.reason, field=error.field)
+
     async def _admit_and_run(
         self, message: pb.GenerateRequest, record: RequestRecord, call_deadline: float | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:

@@ -28,9 +28,15 @@ PATIENCE = 60.0  # seconds; a loaded machine takes its time
 class LoggedProcess:
     """`python -m MODULE` whose stdout is a log of JSON lines."""
 
-    def __init__(self, module: str, flags: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        module: str,
+        flags: Mapping[str, object],
+        variables: Mapping[str, str] | None = None,  # of the environment, besides this process's
+    ) -> None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_")}
+        environment.update(variables or {})
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,

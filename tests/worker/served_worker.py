@@ -139,7 +139,7 @@ def reasons(messages: list[pb.GenerateResponse]) -> list[str]:
 class Refusal:
     """A status with its details, unpacked."""
 
-    def __init__(self, error: grpc.aio.AioRpcError) -> None:
+    def __init__(self, error: grpc.aio.AioRpcError | grpc.Call) -> None:
         self.code = error.code()
         self.message = error.details() or ""
         self.status = status_pb2.Status()
