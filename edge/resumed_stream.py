@@ -46,11 +46,20 @@ class ResumedStream:
         calls = [client.generate(self._request, seconds) for client in clients]
         self._calls = {asyncio.ensure_future(_read(call)): call for call in calls}
         try:
-            return await self._first_of_all()
+            message = await self._first_of_all()
+        except EdgeError as error:
+            self._count((error.reason or error.type).lower())
+            raise
+        else:
+            self._count("resumed")
+            return message
         finally:
             for task, call in self._calls.items():
                 task.cancel()
                 call.cancel()
+
+    def _count(self, outcome: str) -> None:
+        self._workers.metrics.resumes.labels(outcome).inc()
 
     async def _first_of_all(self) -> pb.GenerateResponse | None:
         errors: list[EdgeError] = []

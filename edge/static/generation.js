@@ -3,6 +3,7 @@ import { readEvents } from "./events.js";
 const ATTEMPTS_TO_BEGIN = 8; // refusals in a row after which it is the person's turn
 const ATTEMPTS_TO_RESUME = 12; // lost connections without an event in between
 const LONGEST_WAIT_SECONDS = 30;
+const LONGEST_STOP_MILLISECONDS = 2000;
 
 /** A failure told in words. `param` names the refused field, where there is one. */
 export class Refusal extends Error {
@@ -33,25 +34,36 @@ export class Generation {
   #headers;
   #listener;
   #place;
+  #requestId;
+  #stopping = Promise.resolve();
   #abort = new AbortController();
   #wake = () => {};
 
-  /** @param place the last event's id, to go on behind it */
-  constructor(body, headers, listener, place = "") {
+  /**
+   * @param place the last event's id, to go on behind it
+   * @param requestId of the stream that it is the place in
+   */
+  constructor(body, headers, listener, place = "", requestId = "") {
     this.#body = JSON.stringify(body);
     this.#headers = headers;
     this.#listener = listener;
     this.#place = place;
+    this.#requestId = requestId;
   }
 
   get isStopped() {
     return this.#abort.signal.aborted;
   }
 
-  /** Ends it; closing the connection stops the model. */
+  /** Ends it, and says so: without a word the model would go on, for a reader who might come back. */
   stop() {
+    if (this.isStopped) return;
     this.#abort.abort();
     this.#wake();
+    if (!this.#requestId) return;
+    this.#stopping = fetch(`v1/streams/${this.#requestId}`, {
+      method: "DELETE", headers: this.#headers, keepalive: true, signal: AbortSignal.timeout(LONGEST_STOP_MILLISECONDS),
+    }).catch(() => {});
   }
 
   /** Ends a wait early. */
@@ -66,7 +78,7 @@ export class Generation {
       try {
         if (await this.#attempt()) return;
       } catch (error) {
-        if (this.isStopped) return;
+        if (this.isStopped) break;
         if (error instanceof Refusal && !isPassing(error)) throw error;
         if (this.#place !== placeBefore) failures = 0;
         failures += 1;
@@ -75,6 +87,7 @@ export class Generation {
         await this.#wait(error, failures);
       }
     }
+    await this.#stopping;
   }
 
   /** True at the end of the answer; otherwise it throws. */
@@ -94,6 +107,7 @@ export class Generation {
         this.#place = id;
         this.#listener.place(id);
       }
+      if (event === "started") this.#requestId = value.request_id;
       this.#listener[event]?.(value);
       if (event === "finished" && value.usage) return true;
     }

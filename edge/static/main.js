@@ -6,6 +6,7 @@ import { CandidateBox, TokenTexts } from "./tokens.js";
 
 const SUGGESTIONS = ["Count to 10", "What is streaming?", "Tell me a story", "Show me Python code that prints hello"];
 const CANDIDATES = 5; // asked for at each token
+const RESUME_SECONDS = 60; // for which an answer may be gone on with after the connection was lost, or the page left
 const STATUS_SECONDS = 10; // between looks at the server
 const SAVE_MILLISECONDS = 1000;
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
@@ -41,7 +42,7 @@ function show(record) {
 function newRecord() {
   return {
     role: "assistant", text: "", reasoning: "", tokens: [], count: 0, firstTokenSeconds: 0, seconds: 0, reason: "", usage: null,
-    failure: "", request: null, place: "",
+    failure: "", request: null, place: "", requestId: "",
   };
 }
 
@@ -74,7 +75,7 @@ function requestBody() {
     .map(({ role, text }) => ({ role, content: text }));
   const given = readSettings();
   if (given.system) messages.unshift({ role: "system", content: given.system });
-  const body = { messages, logprobs: CANDIDATES };
+  const body = { messages, logprobs: CANDIDATES, resume_window: RESUME_SECONDS };
   for (const name of NUMBERS) if (given[name] !== "") body[name] = Number(given[name]);
   const stop = given.stop.split("\n").filter(Boolean);
   if (stop.length) body.stop = stop;
@@ -88,7 +89,7 @@ async function write(answer) {
   const key = readSettings().key;
   const headers = key ? { authorization: `Bearer ${key}` } : {};
   const since = performance.now() - 1000 * record.seconds;
-  const generation = new Generation(record.request, headers, listener(answer), record.place);
+  const generation = new Generation(record.request, headers, listener(answer), record.place, record.requestId);
   current = { generation, answer, since };
   setWriting(true);
   follow(true);
@@ -120,7 +121,7 @@ function listener(answer) {
       hurry: () => current?.generation.hurry(), stop: () => current?.generation.stop(),
     }),
     place: (id) => { record.place = id; },
-    started: () => {},
+    started: (data) => { record.requestId = data.request_id; },
     delta(data) {
       if (!record.count) record.firstTokenSeconds = elapsed();
       record.count += data.token_count;

@@ -186,8 +186,8 @@ async def test_a_resumed_stream_that_breaks_off_is_a_failure(
 
     worker.script = script
     async with RawClient(int(http.base_url.port or 0)) as client:
-        headers = {"last_event_id": f"{RESUME_ID}-1"}
-        await client.send(request_bytes("/v1/streams?prompt=x", method="GET", **headers))
+        place = f"{RESUME_ID}-1"
+        await client.send(request_bytes("/v1/streams?prompt=x", method="GET", last_event_id=place))
         _, stream, is_complete = split_chunked(await client.read_to_end())
     assert not is_complete
     assert [event.type for event in parse(stream).events] == ["delta", "failed"]

@@ -126,6 +126,7 @@ def running_stack(
         with grpc.insecure_channel(address) as channel:
             stack = Stack(worker, edge, port, address, GenerationServiceStub(channel))
             yield stack
+            edge = stack.edge  # a test may have replaced it
             if worker.process.poll() is None:
                 stack.wait_idle()
         assert (edge.stop(), worker.stop()) == (0, 0)
