@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Lifespan
 
 from edge import playground
@@ -64,16 +64,10 @@ def create_apps(settings: EdgeSettings, drain: Drain, gate: Gate) -> Apps:
         table += asked
     table.append(_document_operation(table, gate))
     pages = playground.routes() if settings.playground else []
-    public = _app(
-        [*(_route(entry, gate) for entry in table), *pages],
-        _middleware(settings, metrics),
-        lifespan,
-    )
+    public = _app([*_routes(table, gate), *pages], _middleware(settings, metrics), lifespan)
     if not has_admin:
         return Apps(public, None)
-    return Apps(
-        public, _app([_route(entry, None) for entry in asked], [Middleware(RequestLog, metrics)])
-    )
+    return Apps(public, _app(_routes(asked, None), [Middleware(RequestLog, metrics)]))
 
 
 def _app(
@@ -91,10 +85,19 @@ def _app(
     return app
 
 
-def _route(operation: Operation, gate: Gate | None) -> Route:
-    gated = []
-    if gate is not None and not operation.is_open:
-        gated = [Middleware(Gated, gate, operation.refuse)]
+def _routes(table: Sequence[Operation], gate: Gate | None) -> list[BaseRoute]:
+    routes: list[BaseRoute] = []
+    for operation in table:
+        gated = []
+        if gate is not None and not operation.is_open:
+            gated = [Middleware(Gated, gate, operation.refuse)]
+        routes.append(_route(operation, gated))
+        if operation.socket is not None:
+            routes.append(WebSocketRoute(operation.path, operation.socket.app, middleware=gated))
+    return routes
+
+
+def _route(operation: Operation, gated: Sequence[Middleware]) -> Route:
     route = Route(operation.path, operation.endpoint, methods=[operation.method], middleware=gated)
     if operation.events and route.methods is not None:
         route.methods.discard("HEAD")  # which Starlette adds; nobody would read what it generates

@@ -18,7 +18,16 @@ class Drain:
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_stopping = False
-        self._is_refusing = False
+        self._refusing = asyncio.Event()
+
+    async def refusing(self) -> None:
+        """Returns when new generations are refused."""
+        await self._refusing.wait()
+
+    def require_open(self) -> None:
+        """Raises a 503 when new generations are refused."""
+        if self._refusing.is_set():
+            raise unavailable("The server is shutting down.")
 
     def count(self) -> int:
         """Generations that run."""
@@ -27,8 +36,7 @@ class Drain:
     @contextlib.contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
         """Holds the shutdown back while a generation runs; raises a 503 when it has begun."""
-        if self._is_refusing:
-            raise unavailable("The server is shutting down.")
+        self.require_open()
         self._running.add(generation)
         self._idle.clear()
         try:
@@ -42,7 +50,7 @@ class Drain:
         """Not ready, then refusing, then waiting, then a final error to the rest. Returns how many those were."""
         self.is_stopping = True
         await asyncio.sleep(unready_seconds)
-        self._is_refusing = True
+        self._refusing.set()
         if await self._is_idle_within(drain_seconds):
             return 0
         ended = len(self._running)

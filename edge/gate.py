@@ -71,6 +71,16 @@ class Gate:
             raise permission_denied("The API key is disabled.", "api_key_disabled")
         scope.setdefault("state", {})[_STATE_KEY] = key
 
+    def holds(self, scope: Scope) -> bool:
+        """Whether the key that a connection was let in with, perhaps long ago, is still one."""
+        if self._known is None:
+            return True
+        key = _key_of(scope)
+        now = None if key is None else self._known.keys.named(key.name)
+        if key is None or now is None or now.is_disabled:
+            return False
+        return not set(now.digests).isdisjoint(key.digests)
+
     async def token(self, request: Request) -> Response:
         """POST /v1/tokens: a token in place of the key that the request came with."""
         key, known = _key_of(request.scope), self._known

@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from edge.gate import QUERY_PARAMETER
 from edge.generate_endpoint import GenerateEndpoint
-from edge.operation import Operation
+from edge.operation import Operation, SocketShape
 from edge.response_schema import Error
 from edge.version import version_of_sluice
 
@@ -102,6 +102,9 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
         answers += [operation.error] if operation.error else []
         answers += [operation.answer] if operation.answer else []
         bodies += [operation.body] if operation.body else []
+        if operation.socket is not None:
+            answers += operation.socket.events
+            bodies += operation.socket.frames
     _, definitions = models_json_schema(
         [
             *((model, "validation") for model in dict.fromkeys(answers)),
@@ -178,6 +181,8 @@ def _responses(operation: Operation) -> dict[str, Any]:
     responses: dict[str, Any] = {
         "200": {"description": "Done.", "headers": _ID_HEADERS, "content": content}
     }
+    if operation.socket is not None:
+        responses = {"101": _socket(operation.socket)}
     for status, description in operation.other_answers.items():
         responses[str(status)] = {"description": description, "headers": _ID_HEADERS}
         if operation.answer is not None:
@@ -190,6 +195,16 @@ def _responses(operation: Operation) -> dict[str, Any]:
             "content": _failure(operation),
         }
     return responses
+
+
+def _socket(socket: SocketShape) -> dict[str, Any]:
+    return {
+        "description": "The socket is open. OpenAPI has no words for what follows: text frames of the client are of"
+        " x-client-frames, those of the server of x-server-frames.",
+        "headers": _ID_HEADERS,
+        "x-client-frames": {"oneOf": [_ref(model) for model in socket.frames]},
+        "x-server-frames": {"oneOf": [_ref(model) for model in socket.events]},
+    }
 
 
 def _failure(operation: Operation) -> dict[str, Any]:

@@ -26,6 +26,15 @@ class Generate(Protocol):
 
 
 @dataclass(frozen=True)
+class SocketShape:
+    """What answers a WebSocket at the path of a GET, what its clients send, and what they are sent."""
+
+    app: ASGIApp
+    frames: tuple[type[BaseModel], ...]
+    events: tuple[type[BaseModel], ...]
+
+
+@dataclass(frozen=True)
 class Operation:
     """One method of one path."""
 
@@ -51,3 +60,4 @@ class Operation:
     refuse: Refuse = error_response
     # Whether it never needs one.
     is_open: bool = False
+    socket: SocketShape | None = None

@@ -20,6 +20,9 @@ EXTENSION = "sluice.connection"
 WRITE_HIGH_WATER = 8 * 1024
 # Headers and trailers of one request.
 MAX_FIELD_BYTES = 64 * 1024
+# What the WebSocket library takes of a handshake; it has no answer for more.
+_MAX_SOCKET_HEADERS = 120
+_MAX_SOCKET_LINE_BYTES = 8000
 # The colon, the space and the line's end.
 _HEADER_FRAME_BYTES = 4
 
@@ -56,6 +59,10 @@ class Connection:
         """Whether the server had too many connections when this one came, and still has."""
         return self._protocol.is_surplus
 
+    def note_closed(self) -> None:
+        """Remembers that the client ends it now, if it has not yet."""
+        self._protocol.note_closed()
+
     def sender(self) -> Send:
         """Sends past all middleware, which has nothing to do with what follows the head of a response."""
         send: Send = self._protocol.cycle.send  # type: ignore[assignment]  # uvicorn's types for the same
@@ -68,6 +75,9 @@ class Connection:
     def cut(self) -> None:
         """Sends what is written and closes without ending the body, so that nobody takes it for complete."""
         cycle = self._protocol.cycle
+        if self._protocol.is_upgraded:
+            self.abort()
+            return
         cycle.disconnected = True
         cycle.message_event.set()
         self._protocol.transport.close()
@@ -83,6 +93,8 @@ class StreamProtocol(HttpToolsProtocol):
 
     read_timeout_seconds: float = 30.0
     max_connections: int = 4096
+    # Where an offered WebSocket is taken; everywhere else the request is answered as if nothing had been offered.
+    socket_paths: frozenset[bytes] = frozenset()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,6 +107,9 @@ class StreamProtocol(HttpToolsProtocol):
         self._bodiless_bytes = 0
         self._has_body = False
         self._declined_head: bytes | None = None
+        self._is_socket_wanted = False
+        # Whether the WebSocket protocol has the connection now.
+        self.is_upgraded = False
         self._read_timer: asyncio.TimerHandle | None = None
         self._connection = Connection(self)
         self._came_beyond_limit = False
@@ -113,7 +128,7 @@ class StreamProtocol(HttpToolsProtocol):
         self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._note_closed()
+        self.note_closed()
         self._stop_read_timer()
         super().connection_lost(exc)
 
@@ -142,12 +157,13 @@ class StreamProtocol(HttpToolsProtocol):
         min(idle)[2].transport.close()
         return True
 
-    def _note_closed(self) -> None:
+    def note_closed(self) -> None:
+        """Remembers when the first sign came that the client ends the connection."""
         if self.closed_at is None:
             self.closed_at = self.loop.time()
 
     def eof_received(self) -> None:
-        self._note_closed()
+        self.note_closed()
         # A client that half-closes has gone as far as a stream is concerned. Closing would first wait for it to read
         # what is buffered, so abort; with no response running, uvicorn's plain close is right.
         self.abort_if_running()
@@ -158,7 +174,11 @@ class StreamProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._decline_upgrade(data[offer.args[0] :])
+            rest = data[offer.args[0] :]
+            if self._is_socket_wanted:
+                self._become_socket(rest)
+            else:
+                self._decline_upgrade(rest)
             return
         except httptools.HttpParserError:
             self._refuse(400, "Invalid HTTP request.")
@@ -170,7 +190,7 @@ class StreamProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self._is_response_running():
             self._is_refusing = True
-            self._note_closed()
+            self.note_closed()
             self.transport.abort()
         super().on_message_begin()
         self._connection = Connection(self)
@@ -196,7 +216,9 @@ class StreamProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_head = False
         if self.parser.should_upgrade():
-            self._declined_head = self._head_without_offer()
+            self._is_socket_wanted = self._offers_socket()
+            if not self._is_socket_wanted:
+                self._declined_head = self._head_without_offer()
         elif not self._is_refusing:
             super().on_headers_complete()
 
@@ -207,7 +229,8 @@ class StreamProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._is_in_request = False
-        if self._declined_head is None and not self._is_refusing:
+        is_upgrade = self._declined_head is not None or self._is_socket_wanted
+        if not is_upgrade and not self._is_refusing:
             self._stop_read_timer()
             super().on_message_complete()
 
@@ -223,6 +246,36 @@ class StreamProtocol(HttpToolsProtocol):
     def _limit_fields(self, size: int) -> None:
         if size > MAX_FIELD_BYTES:
             self._refuse(431, "The request's headers are too large.")
+
+    def _offers_socket(self) -> bool:
+        return (
+            self.url.partition(b"?")[0] in self.socket_paths
+            and self.parser.get_method() == b"GET"
+            and self._get_upgrade() == b"websocket"
+        )
+
+    def _become_socket(self, rest: bytes) -> None:
+        """Hands the connection over to the WebSocket protocol, which reads the handshake again."""
+        if self._is_refusing:
+            return
+        if rest:  # RFC 6455, section 4.1: nothing may follow before the answer
+            self._refuse(400, "A WebSocket's handshake has no body.")
+            return
+        lines = [name + b": " + value for name, value in self.headers]
+        lines.insert(0, b"GET " + self.url + b" HTTP/1.1")
+        if len(lines) > _MAX_SOCKET_HEADERS or max(map(len, lines)) > _MAX_SOCKET_LINE_BYTES:
+            self._refuse(431, "The handshake's headers are too large.")
+            return
+        self._stop_read_timer()
+        self.is_upgraded = True
+        self.connections.discard(self)
+        socket: Any = self.ws_protocol_class(  # type: ignore[call-arg,misc]  # uvicorn's own types for it
+            config=self.config, server_state=self.server_state, app_state=self.app_state
+        )
+        socket.connection = self._connection
+        self.transport.set_protocol(socket)
+        socket.connection_made(self.transport)
+        socket.data_received(b"\r\n".join([*lines, b"", b""]))
 
     def _head_without_offer(self) -> bytes:
         """The head of the current request as if it had not offered another protocol."""

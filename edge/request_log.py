@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.error_response import error_response
@@ -17,10 +16,13 @@ from edge.errors import EdgeError, overloaded, server_error
 from edge.metrics import PHASES, EdgeMetrics
 from edge.protocol import EXTENSION, Connection
 
+SWITCHING_PROTOCOLS = 101
 CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Asked every few seconds by orchestrators and scrapers, who must get their answer however many others are connected.
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
+# What begins an answer: a response, the refusal of a WebSocket, or its acceptance, which has no status of its own.
+_HEADS = frozenset({"http.response.start", "websocket.http.response.start", "websocket.accept"})
 _MAX_DETAILS = 500
 _STATE_KEY = "sluice_record"
 _log = structlog.get_logger("edge.request")
@@ -102,15 +104,16 @@ class RequestLog:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        given = Request(scope).headers.get("x-request-id", "")
+        is_socket = scope["type"] == "websocket"
+        given = Headers(scope=scope).get("x-request-id", "")
         connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
         record = RequestRecord(
             request_id=connection.request_id if connection else f"req-{uuid.uuid4().hex}",
             client_request_id=given if _CLIENT_ID.fullmatch(given) else None,
-            send_body=connection.sender() if connection else send,
+            send_body=connection.sender() if connection and not is_socket else send,
             metrics=self._metrics,
             connection=connection,
         )
@@ -120,8 +123,9 @@ class RequestLog:
             connection.shown_id = shown
 
         async def send_with_ids(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
+            if message["type"] in _HEADS:
+                record.status = message.get("status", SWITCHING_PROTOCOLS)
+                message.setdefault("headers", [])
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = shown
                 headers["request-id"] = shown
@@ -172,7 +176,8 @@ class RequestLog:
                 record.fields["finish"] = connection.finish
         seconds = record.seconds()
         path = getattr(route, "path", None)
-        record.metrics.answered(path, scope["method"], status, seconds, record.sent_bytes)
+        method = scope.get("method", "GET")  # a handshake's
+        record.metrics.answered(path, method, status, seconds, record.sent_bytes)
         write = _log.debug if scope["path"] in _PROBES else _log.info
         if record.is_failure:
             write = _log.warning
@@ -180,7 +185,7 @@ class RequestLog:
             "request",
             request_id=record.request_id,
             client_request_id=record.client_request_id,
-            method=scope["method"],
+            method=method,
             route=path,
             status=status,
             duration=seconds,

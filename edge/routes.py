@@ -28,9 +28,10 @@ from edge.gate import QUERY_PARAMETER, Gate
 from edge.generate_endpoint import GenerateEndpoint, Parse
 from edge.info_endpoints import InfoEndpoints
 from edge.operation import GENERATE_ERRORS, Generate, Operation
-from edge.route_tables import ai_sdk, tgi, triton
+from edge.route_tables import ai_sdk, socket, tgi, triton
 from edge.route_tables.bodies import from_body
 from edge.settings import EdgeSettings
+from edge.socket_endpoint import SocketEndpoint
 from edge.worker_pool import WorkerPool
 
 
@@ -85,6 +86,7 @@ def operations(
         *_anthropic_operations(generate, anthropic.CountTokens(workers, PromptLimits.of(settings))),
         *tgi.operations(generate, TgiEndpoints(workers, PromptLimits.of(settings))),
         *ai_sdk.operations(generate),
+        *socket.operations(SocketEndpoint(workers, drain, settings, gate)),
         *triton.operations(generate, TritonEndpoints(workers, drain)),
         Operation(
             "POST",

@@ -14,12 +14,14 @@ from typing import Literal
 import structlog
 import uvicorn
 from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
 
 from edge.app import create_apps
 from edge.drain import Drain
 from edge.gate import Gate
 from edge.protocol import StreamProtocol
 from edge.settings import EdgeSettings
+from edge.socket_protocol import SocketProtocol
 
 # What the kernel buffers for a client that does not read; by default it is megabytes.
 _SEND_BUFFER_BYTES = 16 * 1024
@@ -124,6 +126,8 @@ class _Server(uvicorn.Server):
         for connection in self.server_state.connections:
             if isinstance(connection, StreamProtocol):
                 connection.abort_if_running()
+            elif isinstance(connection, SocketProtocol):
+                connection.abort_if_stalled()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -195,14 +199,23 @@ def _is_loopback(listener: socket.socket) -> bool:
 def _config(
     settings: EdgeSettings, app: Starlette, lifespan: Literal["on", "off"] = "on"
 ) -> uvicorn.Config:
+    paths = frozenset(
+        route.path.encode() for route in app.routes if isinstance(route, WebSocketRoute)
+    )
+
     class Protocol(StreamProtocol):
         read_timeout_seconds = settings.read_timeout_seconds
         max_connections = settings.max_connections
+        socket_paths = paths
 
     return uvicorn.Config(
         app,
         http=Protocol,
-        ws="none",
+        ws=SocketProtocol,
+        ws_max_size=settings.max_body_bytes,
+        ws_ping_interval=settings.heartbeat_seconds,
+        ws_ping_timeout=None,  # see SocketProtocol
+        ws_per_message_deflate=False,  # a token is shorter than its compressed self
         lifespan=lifespan,
         log_config=None,
         access_log=False,

@@ -219,6 +219,14 @@ class EdgeSettings(BaseSettings):
         json_schema_extra=unit("bytes"),
     )
 
+    socket_idle_seconds: float = Field(
+        300,
+        gt=0,
+        le=86400,
+        description="Time after which a WebSocket that generates nothing and sends nothing is closed.",
+        json_schema_extra=unit("seconds"),
+    )
+
     @field_validator("worker")
     @classmethod
     def _are_targets(cls, value: str) -> str:

@@ -42,12 +42,40 @@ _END = "-end"
 _MAX_WINDOW_SECONDS = 86_400
 
 
+class StreamToolCall(RequestModel):
+    """A call in an answer that is sent back."""
+
+    id: str = Field(max_length=256)
+    name: str
+    arguments: str = Field(description="A JSON object, as JSON text.")
+
+
 class StreamMessage(RequestModel):
     """One message of a conversation."""
 
     role: str = Field(min_length=1, max_length=64)
     content: str
     name: str | None = None
+    reasoning: str | None = Field(None, description="What an assistant thought before it.")
+    tool_calls: Items[StreamToolCall] | None = Field(None, description="An assistant's calls.")
+    tool_call_id: str | None = Field(
+        None, max_length=256, description="Of a tool's message: the call that it answers."
+    )
+
+    def message(self) -> pb.ChatMessage:
+        """In the contract's words."""
+        calls = [
+            pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+            for call in self.tool_calls or []
+        ]
+        return pb.ChatMessage(
+            role=self.role,
+            content=self.content,
+            name=self.name,
+            reasoning=self.reasoning,
+            tool_calls=calls,
+            tool_call_id=self.tool_call_id,
+        )
 
 
 class StreamTool(RequestModel):
@@ -157,11 +185,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
 
 def _prompt(stream: StreamRequest) -> pb.Prompt:
     if stream.messages is not None:
-        messages = [
-            pb.ChatMessage(role=message.role, content=message.content, name=message.name)
-            for message in stream.messages
-        ]
-        chat = pb.Chat(messages=messages)
+        chat = pb.Chat(messages=[message.message() for message in stream.messages])
         for tool in stream.tools or []:
             schema = None if tool.parameters is None else encode(tool.parameters).decode()
             chat.tools.add(name=tool.name, description=tool.description, parameters=schema)
