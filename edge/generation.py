@@ -22,6 +22,8 @@ Item = tuple[int, pb.GenerateResponse]
 class Stream(Protocol):
     """One prompt's messages."""
 
+    num_failovers: int  # how often it changed its worker
+
     def cancel(self) -> None:
         """Cancels what still runs; a reader gets CancelledError."""
 
@@ -67,6 +69,8 @@ class Generation:
     def summary(self) -> dict[str, Any]:
         """Token counts and finish reasons, as far as known, for the log line."""
         summary: dict[str, Any] = {"prompt_tokens": self._prompt_tokens}
+        if moved := sum(stream.num_failovers for stream in self._streams):
+            summary["failovers"] = moved
         if self._finish_reasons:
             summary["completion_tokens"] = self._usage.completion_tokens
             summary["cached_tokens"] = self._usage.cached_tokens

@@ -17,6 +17,8 @@ _First: TypeAlias = asyncio.Task[pb.GenerateResponse | None]
 class ResumedStream:
     """Asks all workers at once, since any of them may have it, and reads from the one that does."""
 
+    num_failovers = 0  # of what came before it, too little is known to go on elsewhere
+
     def __init__(self, workers: WorkerPool, request: pb.GenerateRequest) -> None:
         self._workers = workers
         self._request = request

@@ -65,6 +65,20 @@ class EdgeSettings(BaseSettings):
         " failover off.",
         json_schema_extra=unit("times"),
     )
+    failover_seconds: float = Field(
+        10,
+        gt=0,
+        le=600,
+        description="Time that a stream whose worker was lost may wait for another one to take it.",
+        json_schema_extra=unit("seconds"),
+    )
+    failover_tokens: int = Field(
+        65536,
+        ge=0,
+        description="Completion tokens of a stream that are remembered for another worker, 4 bytes"
+        " each; a longer stream fails with its worker.",
+        json_schema_extra=unit("tokens"),
+    )
     admin_host: str = Field(
         "127.0.0.1",
         min_length=1,

@@ -24,6 +24,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 _PATH: Final = "continuation.choices"
 # Text can be delivered before its token; no vocabulary known has a token whose text is longer.
 _MAX_CHARACTERS_AHEAD: Final = 4096
+_MAX_SEQUENCE_NUMBER: Final = 2**63  # far from where the contract's numbers end
 # What there is besides text where the output is told apart.
 _TOLD_APART: Final = ("reasoning_characters", "tool_calls", "argument_characters")
 
@@ -117,6 +118,10 @@ def read_continuation(
     Raises: InvalidField, UnsupportedField.
     """
     refuse_unknown_fields(message, "continuation")
+    if message.sequence_number > _MAX_SEQUENCE_NUMBER:
+        raise InvalidField(
+            "continuation.sequence_number", f"must be at most {_MAX_SEQUENCE_NUMBER}"
+        )
     running: dict[int, Delivered] = {}
     finished: dict[int, int] = {}
     paths: dict[int, str] = {}

@@ -64,6 +64,7 @@ class Reading:
     sends_token_ids: bool
     n: int
     delivered: DeliveredRequest
+    first_sequence_number: int
     is_continuable: bool  # whether another worker may go on with it
     is_told_apart: bool  # whether there may be more in the output than text
     tools: Tools
@@ -169,6 +170,7 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         sends_token_ids=message.output.token_ids,
         n=n,
         delivered=delivered,
+        first_sequence_number=message.continuation.sequence_number,
         is_continuable=message.is_continuable and limits.takes_continuations,
         is_told_apart=is_told_apart,
         tools=tools,

@@ -29,7 +29,7 @@ class StreamWriter:
         self._model = model
         self._tokenizer = tokenizer
         self._created_at = time.time_ns()
-        self._sequence_number = 0
+        self._sequence_number = reading.first_sequence_number
         # Ids of tokens of deltas that were not worth a message; they go with the choice's next one.
         self._untold: defaultdict[int, list[int]] = defaultdict(list)
         # Where the output is told apart, and once it has begun: one for each choice.

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from inference_worker.errors import InternalError, InvalidField, SluiceError, TakenOver
+from inference_worker.errors import InternalError, InvalidField, SluiceError, StreamGone, TakenOver
 from inference_worker.replay import Replay
 from inference_worker.request_log import get_logger
 from protos.sluice.v1 import generation_pb2 as pb
@@ -28,6 +28,9 @@ class ResumeTerms:
     key_id: str  # empty where there are no keys
     tag: str | None
     annotation: bytes
+    # Of a stream that another worker began:
+    resume_id: str | None = None  # its name there
+    header_number: int | None = None  # of the header here; there it was another message's
 
 
 class Keeper(Protocol):
@@ -58,7 +61,7 @@ class KeptStream:
     """
 
     def __init__(self, terms: ResumeTerms, replay: Replay, keeper: Keeper) -> None:
-        self.resume_id = f"rs_{secrets.token_hex(_ID_BYTES)}"
+        self.resume_id = terms.resume_id or f"rs_{secrets.token_hex(_ID_BYTES)}"
         self.terms = terms
         self.replay = replay
         self.request_id: str | None = None  # known once it has begun
@@ -96,19 +99,24 @@ class KeptStream:
     def resume(self, number: int, *, is_snapshot: bool) -> Messages:
         """The messages from this number on: to the stream's end, or those that there are now.
 
-        Raises: InvalidField, if the number before has not been read by anybody; once iterated, as `read`.
+        Raises: InvalidField, if the number before has not been read by anybody; StreamGone, if another worker had this
+        one; once iterated, as `read`.
         """
+        if self.terms.header_number is not None and number <= self.terms.header_number:
+            raise StreamGone(self.terms.header_number + 1)
         if number > self.replay.next_unread:
             raise InvalidField(
                 "resume.after_sequence_number", f"there is no message {number - 1} yet"
             )
         return self._read_snapshot(number) if is_snapshot else self.read(number, is_resumed=True)
 
-    async def read(self, number: int = 0, *, is_resumed: bool = False) -> Messages:
-        """The messages from this number on, to the stream's end. Takes the stream over from whoever reads it.
+    async def read(self, number: int | None = None, *, is_resumed: bool = False) -> Messages:
+        """The messages from this number or the first on, to the stream's end. Takes it over from whoever reads it.
 
         Raises: SluiceError, which may be TakenOver, StreamGone, or what the stream failed with.
         """
+        if number is None:
+            number = self.terms.header_number or 0
         reader = self._attach(number)
         try:
             while True:
@@ -192,7 +200,7 @@ class KeptStream:
         self.is_over = True
         self._error = error
         self._tell_reader()
-        if self.replay.end == 0:  # it was refused, and its caller is told
+        if self.request_id is None:  # it was refused, and its caller is told
             self._forget()
             return
         self._keeper.note_end(self)

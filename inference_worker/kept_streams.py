@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -13,6 +14,7 @@ from inference_worker.kept_stream import KeptStream, ResumeTerms
 from inference_worker.replay import MESSAGE_OVERHEAD, Replay
 from protos.sluice.v1 import generation_pb2 as pb
 
+_RESUME_ID: Final = re.compile(r"rs_[0-9a-f]{48}")
 _MAX_WINDOW_SECONDS: Final = 86_400
 _MAX_TAG_CHARS: Final = 256
 _MAX_ANNOTATION_BYTES: Final = 1024 * 1024
@@ -59,7 +61,10 @@ class KeptStreams:
         while len(self._streams) >= limits.max_streams:
             if not self._drop_ended():
                 return None
-        stream = KeptStream(terms, Replay(limits.max_messages, room, self._grow), self)
+        if terms.resume_id in self._streams:
+            terms = replace(terms, resume_id=None)
+        first = terms.header_number or 0
+        stream = KeptStream(terms, Replay(limits.max_messages, room, self._grow, first), self)
         self._grow(len(terms.annotation))
         self._streams[stream.resume_id] = stream
         return stream
@@ -133,6 +138,8 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
         for name in ("resume_tag", "annotation"):
             if message.HasField(name):
                 raise InvalidField(name, "only with resume_window")
+        if message.continuation.HasField("resume_id"):
+            raise InvalidField("continuation.resume_id", "only with resume_window")
         return None
     window = message.resume_window
     seconds = window.seconds + window.nanos / 1e9
@@ -143,9 +150,17 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
     if message.HasField("resume_tag") and not 1 <= len(message.resume_tag) <= _MAX_TAG_CHARS:
         raise InvalidField("resume_tag", f"must be 1 to {_MAX_TAG_CHARS} characters")
     check_count("annotation", len(message.annotation), _MAX_ANNOTATION_BYTES, "bytes")
+    continuation = message.continuation
+    resume_id = continuation.resume_id if continuation.HasField("resume_id") else None
+    if resume_id is not None and not _RESUME_ID.fullmatch(resume_id):
+        raise InvalidField("continuation.resume_id", "must be what `started` told")
     return ResumeTerms(
         window=seconds,
         key_id=message.caller.key_id,
         tag=message.resume_tag if message.HasField("resume_tag") else None,
         annotation=message.annotation,
+        resume_id=resume_id,
+        header_number=(
+            continuation.sequence_number if continuation.HasField("sequence_number") else None
+        ),
     )

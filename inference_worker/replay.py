@@ -33,15 +33,19 @@ class Replay:
     """
 
     def __init__(
-        self, max_messages: int, max_bytes: int, on_size: Callable[[int], None] = lambda _: None
+        self,
+        max_messages: int,
+        max_bytes: int,
+        on_size: Callable[[int], None] = lambda _: None,
+        first: int = 0,
     ) -> None:
-        """`on_size` hears by how many bytes it grew or shrank."""
+        """`on_size` hears by how many bytes it grew or shrank. `first` is the number of the first message."""
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self._on_size = on_size
         self._sealed: deque[bytes] = deque()  # fixed messages
         self._open: deque[_Open] = deque()  # the ones after them
-        self.first = 0  # number of the oldest that is kept
+        self.first = first  # number of the oldest that is kept
         self.num_bytes = 0
 
     @property

@@ -827,7 +827,7 @@ class Continuation(google.protobuf.message.Message):
     """What the caller already has of a generation that another worker began and could not end.
 
     Send the request that began it, with `output.token_ids`, and with `sampling`, `stopping.max_tokens` and `n` as its
-    `started` told them. The new stream has a header and sequence numbers of its own; what is delivered by both streams
+    `started` told them. The new stream has a header of its own; what is delivered by both streams
     together is what one uncut stream delivers: no text, token or log-probability twice or left out, stop sequences
     found across the cut, penalties, seeds and max_tokens counting the delivered tokens too, usage the whole. Tokens that
     were drawn and not delivered are drawn again, alike. A choice that ended CANCELLED, SHUTDOWN or PREEMPTED cannot go
@@ -842,6 +842,16 @@ class Continuation(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CHOICES_FIELD_NUMBER: builtins.int
+    SEQUENCE_NUMBER_FIELD_NUMBER: builtins.int
+    RESUME_ID_FIELD_NUMBER: builtins.int
+    sequence_number: builtins.int
+    """The last sequence number that the caller has: the new header repeats it, and what follows goes on from there. Unset:
+    the new stream counts from 0.
+    """
+    resume_id: builtins.str
+    """With resume_window: `started.resume_id` of the stream, under which it is then kept here too, from sequence_number on.
+    Unset, or the name of a stream that this worker keeps already: a new name.
+    """
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeliveredChoice]:
         """One for each choice of which anything arrived, in any order."""
@@ -850,8 +860,15 @@ class Continuation(google.protobuf.message.Message):
         self,
         *,
         choices: collections.abc.Iterable[Global___DeliveredChoice] | None = ...,
+        sequence_number: builtins.int | None = ...,
+        resume_id: builtins.str | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["choices", b"choices"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_resume_id", b"_resume_id", "_sequence_number", b"_sequence_number", "resume_id", b"resume_id", "sequence_number", b"sequence_number"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_resume_id", b"_resume_id", "_sequence_number", b"_sequence_number", "choices", b"choices", "resume_id", b"resume_id", "sequence_number", b"sequence_number"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_resume_id", b"_resume_id"]) -> typing.Literal["resume_id"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_sequence_number", b"_sequence_number"]) -> typing.Literal["sequence_number"] | None: ...
 
 Global___Continuation: typing_extensions.TypeAlias = Continuation
 
@@ -1062,7 +1079,9 @@ class Delta(google.protobuf.message.Message):
     """More of the model's reasoning, which precedes its answer; for chats, where the model marks it. Comes before text."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Ids of the tokens that became certain, if output.token_ids or is_continuable asked for them. Stop tokens are not among them."""
+        """Ids of the tokens that became certain, if output.token_ids or is_continuable asked for them. Stop tokens are not
+        among them.
+        """
 
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:

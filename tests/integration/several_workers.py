@@ -1,0 +1,124 @@
+"""Some worker processes behind one edge process, which come and go."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from protos.sluice.v1 import generation_pb2 as pb
+from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.integration.stack import PATIENCE, LoggedProcess
+
+
+@dataclass
+class WorkerProcess:
+    """A worker on a port of its own, which it keeps over restarts."""
+
+    module: str
+    flags: dict[str, object]
+    port: int
+    log: LoggedProcess = field(init=False)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.log = LoggedProcess(self.module, {**self.flags, "port": self.port})
+
+    def wait_ready(self) -> None:
+        self.log.wait_for_line(event="ready")
+
+    def send(self, number: signal.Signals) -> None:
+        self.log.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.log.process.wait(timeout=PATIENCE)
+
+    def load(self) -> pb.GetLoadResponse:
+        with grpc.insecure_channel(self.address) as channel:
+            stub = GenerationServiceStub(channel)
+            return stub.GetLoad(pb.GetLoadRequest(), timeout=PATIENCE)
+
+
+@dataclass
+class Cluster:
+    """The processes."""
+
+    workers: list[WorkerProcess]
+    edge: LoggedProcess
+    url: str
+
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """What the edge logged so far."""
+        return [line for line in self.edge.lines if line["event"] == event]
+
+    def wait_serving(self, worker: WorkerProcess, is_serving: bool = True) -> None:
+        """Wait until that is the latest the edge knows of the worker."""
+
+        def last() -> object:
+            lines = self.lines("worker health")
+            known = [line["serving"] for line in lines if line["target"] == worker.address]
+            return known[-1] if known else None
+
+        wait_until(lambda: last() is is_serving)
+
+    def restart(self, worker: WorkerProcess) -> None:
+        """Start a worker that has ended, and wait until it gets work again."""
+        self.wait_serving(worker, is_serving=False)
+        worker.start()
+        worker.wait_ready()
+        self.wait_serving(worker)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running_cluster(
+    count: int,
+    worker_flags: Mapping[str, object] | None = None,
+    edge_flags: Mapping[str, object] | None = None,
+    worker_module: str = "inference_worker",
+) -> Iterator[Cluster]:
+    """Start them, and wait until all serve; at the end none is left."""
+    flags = {"host": "127.0.0.1", "threads": 1, **(worker_flags or {})}
+    workers = [WorkerProcess(worker_module, flags, _free_port()) for _ in range(count)]
+    edge = None
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.wait_ready()
+        targets = ",".join(worker.address for worker in workers)
+        edge = LoggedProcess(
+            "edge", {"host": "127.0.0.1", "port": 0, "worker": targets, **(edge_flags or {})}
+        )
+        port = edge.wait_for_line(event="edge listening")["port"]
+        cluster = Cluster(workers, edge, f"http://127.0.0.1:{port}")
+        for worker in workers:
+            cluster.wait_serving(worker)
+        yield cluster
+        assert edge.stop() == 0
+    finally:
+        for process in (edge, *(worker.log for worker in workers if hasattr(worker, "log"))):
+            if process is not None and process.process.poll() is None:
+                process.process.kill()
+                process.process.wait()

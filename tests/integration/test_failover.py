@@ -1,0 +1,226 @@
+"""Workers that die, stop answering or drain while streams run: the clients get what they would have got."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.edge.sse import Event, parse
+from tests.integration.several_workers import Cluster, running_cluster, wait_until
+from tests.integration.stack import PATIENCE
+
+SCRIPTED = "inference_worker.scripted_model"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+STREAMS = 100
+PROMPTS = ("Count to 10.", "What is streaming?", "Say hello.", "Repeat: é 漢字", "a")
+
+
+def body_of(number: int) -> tuple[str, dict[str, Any]]:
+    """One of 20 requests, by path and body: four dialects and shapes, five prompts."""
+    prompt = PROMPTS[number % 5]
+    sampling: dict[str, Any] = {"seed": number, "temperature": 1.0, "max_tokens": 60}
+    more: dict[str, Any]
+    match number // 5:
+        case 0:
+            penalties = {"repetition_penalty": 1.2, "stop": ["\n\n", "zz"]}
+            return "/v1/streams", {"prompt": prompt, **sampling, **penalties, "ignore_eos": True}
+        case 1:
+            messages = [{"role": "user", "content": prompt}]
+            fields = {"messages": messages, **sampling, "temperature": 0}
+            more = {"logprobs": True, "top_logprobs": 2, "ignore_eos": True}
+            return "/v1/chat/completions", {"model": "default", **fields, **more}
+        case 2:
+            more = {"n": 2, "logprobs": 1, "echo": True, "ignore_eos": True}
+            return "/v1/completions", {"model": "default", "prompt": prompt, **sampling, **more}
+        case _:
+            messages = [{"role": "user", "content": f"What is the weather in {prompt}?"}]
+            choice = ("auto", "required")[number % 2]
+            more = {"messages": messages, "tools": [TOOL], "tool_choice": choice}
+            return "/v1/chat/completions", {"model": "default", **more, **sampling}
+
+
+def read_native(events: list[Event]) -> dict[str, Any]:
+    """What the events say together; how many there are depends on the reader's pace."""
+    assert [event.last_event_id.rpartition("-")[0] for event in events[:-1]].count("") == 0
+    *_, last = events
+    assert last.type == "finished", last
+    deltas = [event.json() for event in events if event.type == "delta"]
+    numbers = [int(event.last_event_id.removesuffix("-end").rpartition("-")[2]) for event in events]
+    assert numbers == sorted(set(numbers))  # heartbeats of the worker have numbers too
+    assert [event.type for event in events].count("started") == 1
+    assert not any("token_ids" in delta for delta in deltas)
+    return {
+        "text": "".join(delta["text"] for delta in deltas),
+        "tokens": sum(delta["token_count"] for delta in deltas),
+        "reason": last.json()["finish_reason"],
+        "completion_tokens": last.json()["usage"]["completion_tokens"],
+    }
+
+
+def read_openai(events: list[Event]) -> dict[str, Any]:
+    """As above, for chats and completions."""
+    assert events[-1].data == "[DONE]", events[-1]
+    chunks = [event.json() for event in events[:-1]]
+    assert not any("error" in chunk for chunk in chunks), chunks[-1]
+    usage = chunks[-1]["usage"]
+    joined: dict[int, dict[str, Any]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        one = joined.setdefault(choice["index"], {"text": "", "tokens": [], "calls": {}})
+        delta = choice.get("delta", {})
+        one["text"] += delta.get("content") or choice.get("text") or ""
+        for call in delta.get("tool_calls", []):
+            name, arguments = one["calls"].get(call["index"], (None, ""))
+            name = call["function"].get("name") or name
+            one["calls"][call["index"]] = name, arguments + call["function"].get("arguments", "")
+        logprobs = choice.get("logprobs") or {}
+        one["tokens"] += [entry["token"] for entry in logprobs.get("content") or []]
+        one["tokens"] += logprobs.get("tokens") or []
+        one["reason"] = choice["finish_reason"] or one.get("reason")
+    return {"choices": joined, "completion_tokens": usage["completion_tokens"]}
+
+
+async def generate(http: httpx.AsyncClient, number: int) -> dict[str, Any]:
+    path, body = body_of(number)
+    if path != "/v1/streams":
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    response = await http.post(path, json=body)
+    assert response.status_code == 200, response.text
+    events = parse(response.content).events
+    return read_native(events) if path == "/v1/streams" else read_openai(events)
+
+
+async def generate_all(
+    cluster: Cluster, numbers: list[int], when_running: Any = None
+) -> list[dict[str, Any]]:
+    """All at once; `when_running` is called once the first worker has begun to generate."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=cluster.url, timeout=PATIENCE, limits=limits, trust_env=False
+    ) as http:
+        before = cluster.workers[0].load().generated_tokens
+        tasks = [asyncio.create_task(generate(http, number)) for number in numbers]
+
+        def is_busy() -> bool:
+            load = cluster.workers[0].load()
+            return load.running > 10 and load.generated_tokens > before + 50
+
+        if when_running is not None:
+            await asyncio.to_thread(wait_until, is_busy)
+            when_running()
+        return await asyncio.gather(*tasks)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    flags = {"deterministic": True, "drain_seconds": 0, "max_running": 64}
+    with running_cluster(2, flags, {"failover_seconds": 60}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def uncut(cluster: Cluster) -> list[dict[str, Any]]:
+    """What each of the requests gets when nothing happens."""
+    return asyncio.run(generate_all(cluster, list(range(20))))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_no_stream_is_harmed_when_its_worker_is(
+    cluster: Cluster, uncut: list[dict[str, Any]], number: signal.Signals
+) -> None:
+    worker, other = cluster.workers
+    numbers = [index % 20 for index in range(STREAMS)]
+    moved = len(cluster.lines("stream lost its worker"))
+    answers = asyncio.run(generate_all(cluster, numbers, lambda: worker.send(number)))
+    for index, answer in zip(numbers, answers, strict=True):
+        assert answer == uncut[index]
+    moves = cluster.lines("stream lost its worker")[moved:]
+    assert moves
+    assert {line["outcome"] for line in moves} == {"continued"}
+    assert {line["target"] for line in moves} == {worker.address}
+
+    if number is signal.SIGSTOP:
+        worker.send(signal.SIGKILL)
+    assert worker.wait() == {signal.SIGTERM: 0}.get(number, -signal.SIGKILL)
+    cluster.restart(worker)
+    asyncio.run(generate_all(cluster, [0, 1]))
+    assert worker.load().generated_tokens > 0  # it takes its share again
+    assert other.log.process.poll() is None
+
+
+def stream_until_text(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+    """The lines of a stream of completions; what is read first is text."""
+    body = {"model": "default", "prompt": "go", "stream": True, **body}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        try:
+            yield from filter(None, response.iter_lines())
+        except httpx.RemoteProtocolError:  # how a stream ends that failed
+            return
+
+
+def test_a_request_that_kills_workers_is_not_tried_for_ever() -> None:
+    flags = {"crashing_seed": 13, "step_milliseconds": 1}
+    with (
+        running_cluster(3, flags, {"failover_attempts": 1}, SCRIPTED) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
+    ):
+        *_, last = stream_until_text(http, {"max_tokens": 9, "seed": 13})
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "unavailable"
+
+        def ended() -> list[int | None]:
+            codes = [worker.log.process.poll() for worker in cluster.workers]
+            return [code for code in codes if code is not None]
+
+        wait_until(lambda: len(ended()) == 2)
+        assert ended() == [1, 1]
+        *_, last = stream_until_text(http, {"max_tokens": 9, "seed": 14})
+        assert last == "data: [DONE]"  # the third one is there for others
+        assert len(ended()) == 2
+
+
+def test_where_failover_is_off_the_client_is_told() -> None:
+    with (
+        running_cluster(2, {"step_milliseconds": 5}, {"failover_attempts": 0}, SCRIPTED) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
+    ):
+        lines = stream_until_text(http, {"max_tokens": 3000})
+        next(lines)
+        for worker in cluster.workers:
+            if worker.load().running:
+                worker.send(signal.SIGKILL)
+        *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "unavailable"
+
+
+def test_a_stream_longer_than_is_remembered_is_not_continued() -> None:
+    flags = {"failover_tokens": 5}
+    with (
+        running_cluster(2, {"step_milliseconds": 5}, flags, SCRIPTED) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
+    ):
+        lines = stream_until_text(http, {"max_tokens": 3000})
+        text = ""
+        while len(text) < 200:  # more than five tokens
+            text += json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"]
+        for worker in cluster.workers:
+            if worker.load().running:
+                worker.send(signal.SIGKILL)
+        *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "unavailable"
+        assert cluster.lines("stream lost its worker")[-1]["outcome"] == "failed"
