@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import Lifespan
 
 from edge import playground
@@ -29,6 +30,14 @@ from edge.route_tables import probes
 from edge.routes import operations
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
+
+
+class _AnyPath(PathConvertor):
+    regex = "(?s:.*)"  # Starlette's own ends at a line feed
+
+
+# a model's name in a path, whatever is in it, so that its dialect says that there is none
+register_url_convertor("path", _AnyPath())
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,16 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     text = f"{error.detail}: {request.method} {request.url.path}"
-    return error_response(
-        EdgeError(error.status_code, kind, text, headers=dict(error.headers or {}))
-    )
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(sorted(_methods(request)))
+    return error_response(EdgeError(error.status_code, kind, text, headers=headers))
+
+
+def _methods(request: Request) -> set[str]:
+    """Those that the path has; Starlette tells of its first route alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    # A model's name may have slashes, so a later route matches some paths of an earlier one.
+    asked = next(route for route in routes if route.matches(request.scope)[0] != Match.NONE)
+    same = (route.methods or () for route in routes if route.path == asked.path)
+    return set().union(*same)

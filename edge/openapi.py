@@ -1,4 +1,7 @@
-"""The OpenAPI document, made from the route table and the pydantic models."""
+"""The OpenAPI document, made from the route table and the pydantic models.
+
+It is of OpenAPI 3.2, the first one that can say what the events of a stream are.
+"""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from edge.gate import QUERY_PARAMETER
 from edge.generate_endpoint import GenerateEndpoint
-from edge.operation import Operation, SocketShape
+from edge.operation import DONE, Operation, SocketShape
 from edge.response_schema import Error
 from edge.version import version_of_sluice
 
@@ -34,8 +37,9 @@ _REQUEST_ID_PARAMETER = {
     "name": "x-request-id",
     "in": "header",
     "required": False,
-    "description": "Comes back in the answer and stands in the log. Ignored unless it matches.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    "description": "Comes back in the answer and stands in the log. Ignored unless it is 1 to 128 letters, digits and"
+    " `._:-`.",
+    "schema": {"type": "string"},
 }
 _LAST_EVENT_ID_PARAMETER = {
     "name": "Last-Event-ID",
@@ -80,7 +84,7 @@ def document(operations: Sequence[Operation], *, needs_key: bool) -> dict[str, A
             ]
         paths.setdefault(path, {})[operation.method.lower()] = described
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {
             "title": "Sluice",
             "version": version_of_sluice(),
@@ -214,22 +218,45 @@ def _failure(operation: Operation) -> dict[str, Any]:
 
 
 def _event_stream(operation: Operation) -> dict[str, Any]:
+    """What each event is: its name, its id and the schema of its data."""
     events = operation.events
-    # Where the message alone tells of a failure, its event is one of the stream's own.
-    failure = events.get("error") or operation.error or events[""]
-    models: list[type[BaseModel]] = list(dict.fromkeys([*events.values(), failure]))
-    names = ", ".join(f"`{name}`: {model.__name__}" for name, model in events.items() if name)
-    ids = ", each with an id" if "finished" in events else ""
-    ending = "; the body then breaks off" if operation.error else ""
-    told = f"Typed events{ids}: {names}." if names else operation.last_event
+    items = [_event(name, model, has_id="finished" in events) for name, model in events.items()]
+    if operation.error and not {"error", "failed"} & events.keys():
+        items.append(_event("" if "" in events else "error", operation.error))
+    if operation.last_event == DONE and "" in events:
+        done = _named("")
+        done["properties"]["data"] = {"const": "[DONE]"}
+        items.append(done)
+    told = f" {operation.last_event}" if "" in events else ""
+    ending = " After the event of a failure the body breaks off." if operation.error else ""
     return {
-        "schema": {
-            "type": "string",
-            "description": f"Server-sent events; the schemas of their data are in x-event-data. {told}"
-            " A silent stream gets `: ping` comments. A failure after the 200 is an event whose data"
-            f" is an {failure.__name__}{ending}.",
+        "itemSchema": {
+            "anyOf": items,
+            "description": f"A server-sent event.{told} A silent stream gets `: ping` comments.{ending}",
         },
-        "x-event-data": {"oneOf": [_ref(model) for model in models]},
+    }
+
+
+def _event(name: str, model: type[BaseModel], *, has_id: bool = False) -> dict[str, Any]:
+    schema = _named(name)
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(model)}
+    schema["properties"]["data"] = data
+    if has_id:
+        schema["required"].append("id")
+        schema["properties"]["id"] = {"type": "string"}
+    return schema
+
+
+def _named(name: str) -> dict[str, Any]:
+    """An event of this name, or of none."""
+    if not name:
+        # to its reader, it is one of type "message"
+        unnamed = {"event": {"const": "message"}, "id": False}
+        return {"type": "object", "required": ["data"], "properties": unnamed}
+    return {
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {"event": {"const": name}},
     }
 
 

@@ -16,6 +16,8 @@ from edge.generate_endpoint import GenerateEndpoint, Parse
 GENERATE_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 499, 500, 503, 504)
 
 
+DONE = "Ends with `data: [DONE]`."
+
 BodyParse: TypeAlias = Callable[[dict[str, Any], PromptLimits], ParsedRequest]
 
 
@@ -53,7 +55,7 @@ class Operation:
     # Other media types that the 200 may have, and what they hold.
     other_content: dict[str, str] = field(default_factory=dict)
     # How a stream of events without names ends.
-    last_event: str = "Ends with `data: [DONE]`."
+    last_event: str = DONE
     # The body of every failure; None where it is the error's message as plain text.
     error: type[BaseModel] | None = shape.Error
     # Answers who brings no API key where one is needed, in the dialect's form.

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from edge.dialects.schema import Float, Items, RequestModel, SomeItems, Uint32
+from edge.dialects.schema import Float, Items, OnlyFalse, RequestModel, SomeItems, Uint32
 from edge.response_schema import ResponseModel
 
 
@@ -82,7 +82,7 @@ class AnthropicTool(RequestModel):
     description: str | None = None
     input_schema: dict[str, Any]
     cache_control: dict[str, Any] | None = Field(None, description="No effect.")
-    strict: Literal[False] | None = None
+    strict: OnlyFalse | None = None
     eager_input_streaming: bool | None = Field(None, description="No effect: it always is.")
 
 

@@ -12,7 +12,7 @@ from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_schema import OpenAIFields, agreed
 from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason
-from edge.dialects.schema import Items, SomeItems, Uint32, validate
+from edge.dialects.schema import Items, OnlyFalse, OnlyOne, SomeItems, Uint32, validate
 from edge.errors import invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
@@ -43,11 +43,11 @@ class CompletionRequest(OpenAIFields):
 
     # Accepted with values that ask for nothing.
     suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
-    typical_p: Literal[1] | Annotated[float, Field(ge=1, le=1)] | None = None
+    best_of: OnlyOne | None = None
+    typical_p: OnlyOne | Annotated[float, Field(ge=1, le=1)] | None = None
     truncate: None = None
-    watermark: Literal[False] | None = None
-    decoder_input_details: Literal[False] | None = None
+    watermark: OnlyFalse | None = None
+    decoder_input_details: OnlyFalse | None = None
     grammar: None = None
     adapter_id: None = None
 

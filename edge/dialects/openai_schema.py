@@ -1,11 +1,14 @@
 """Request fields that both OpenAI routes share, and how they read."""
 
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import Field
 
 from edge.dialects.constraint import ConstraintFields
 from edge.dialects.schema import (
+    OnlyFalse,
+    OnlyTrue,
+    OnlyZero,
     RequestModel,
     SamplingFields,
     StoppingFields,
@@ -32,7 +35,7 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = Field(
         None, description="Send token counts so far in every chunk, and in a last one."
     )
-    include_obfuscation: Literal[False] | None = Field(None, description="Not supported.")
+    include_obfuscation: OnlyFalse | None = Field(None, description="Not supported.")
 
 
 class OpenAIFields(SamplingFields, StoppingFields, ConstraintFields, TimeoutField):
@@ -56,9 +59,9 @@ class OpenAIFields(SamplingFields, StoppingFields, ConstraintFields, TimeoutFiel
     prompt_cache_retention: str | None = Field(None, description="No effect.")
 
     # Names of vLLM's, accepted with the values that this server has anyway.
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
-    min_tokens: Literal[0] | None = None
+    skip_special_tokens: OnlyTrue | None = None
+    spaces_between_special_tokens: OnlyTrue | None = None
+    min_tokens: OnlyZero | None = None
 
     UNSUPPORTED = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "min_tokens"})
 

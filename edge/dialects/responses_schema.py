@@ -9,6 +9,8 @@ from edge.dialects.constraint import JsonObjectFormat, NamedSchema, TextFormat
 from edge.dialects.schema import (
     Items,
     Nothing,
+    OnlyFalse,
+    OnlyZero,
     RequestModel,
     SamplingFields,
     SomeItems,
@@ -166,7 +168,7 @@ class ResponsesReasoning(RequestModel):
 class ResponsesStreamOptions(RequestModel):
     """What a stream carries besides."""
 
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: OnlyFalse | None = None
 
 
 class ResponsesRequest(SamplingFields, StoppingFields):
@@ -203,10 +205,10 @@ class ResponsesRequest(SamplingFields, StoppingFields):
     # Accepted with values that ask for nothing.
     previous_response_id: None = None
     conversation: None = None
-    background: Literal[False] | None = None
+    background: OnlyFalse | None = None
     prompt: None = None
     truncation: Literal["disabled"] | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: OnlyZero | None = None
     max_tool_calls: None = None
     moderation: None = None
     context_management: Nothing | None = None

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from google.protobuf import duration_pb2
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,20 @@ Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Float = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+
+def _boolean(value: object) -> object:
+    # else 0 would pass for False, to which it is equal
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
+# What may be said where there is nothing to choose.
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
+OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
+OnlyZero = Annotated[int, Field(ge=0, le=0)]
+OnlyOne = Annotated[int, Field(ge=1, le=1)]
 
 # Lists that are given up at their first bad element. Pydantic would otherwise collect an error for each, which for a
 # body of a few megabytes takes gigabytes and stops the event loop for a minute.

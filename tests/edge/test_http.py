@@ -283,3 +283,25 @@ async def test_a_unix_socket_to_the_worker(
             assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
     finally:
         await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/streams", "GET, POST"),
+        ("/v1/streams/x", "DELETE"),
+        ("/v2/models/x/generate", "POST"),
+        ("/v1/models/a/b", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_told_the_right_ones(
+    http: httpx.AsyncClient, path: str, allowed: str
+) -> None:
+    answer = await http.put(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+async def test_a_line_feed_in_a_models_name_is_part_of_it(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/v2/models/a%0Ab/ready")
+    assert answer.status_code == 404
+    assert isinstance(answer.json()["error"], str), "Triton's form"

@@ -443,3 +443,22 @@ async def test_request_ids_for_the_worker_are_the_edges_own(
     ids = [call.request.request_id for call in worker.calls]
     assert len(set(ids)) == 2
     assert all(request_id.startswith("chatcmpl-") for request_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/completions", "best_of", True),
+        ("/v1/completions", "min_tokens", False),
+        ("/v1/completions", "skip_special_tokens", 1),
+        ("/v1/responses", "background", 0),
+        ("/v1/responses", "top_logprobs", False),
+    ],
+)
+async def test_a_number_is_no_truth_and_no_truth_a_number(
+    http: httpx.AsyncClient, worker: ScriptedWorker, path: str, field: str, value: object
+) -> None:
+    asked = "input" if path == "/v1/responses" else "prompt"
+    answer = await http.post(path, json={asked: "x", field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert worker.calls == []
