@@ -192,6 +192,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
         if operation.answer is not None:
             responses[str(status)]["content"] = content
     refusals = set() if operation.is_open else {401, 403}
+    refusals |= {414} if operation.query is not None else set()
     for status in sorted({*operation.errors, *refusals, 429, 500}):
         responses[str(status)] = {
             "description": _REASONS.get(status) or HTTPStatus(status).phrase,

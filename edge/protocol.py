@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import httptools
 import structlog
@@ -13,13 +13,12 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from edge.connection_limits import Addresses, ConnectionLimits
 from edge.errors import EdgeError
 from edge.json_codec import encode
 
 EXTENSION = "sluice.connection"
 WRITE_HIGH_WATER = 8 * 1024
-# Headers and trailers of one request.
-MAX_FIELD_BYTES = 64 * 1024
 # What the WebSocket library takes of a handshake; it has no answer for more.
 _MAX_SOCKET_HEADERS = 120
 _MAX_SOCKET_LINE_BYTES = 8000
@@ -27,7 +26,12 @@ _MAX_SOCKET_LINE_BYTES = 8000
 _HEADER_FRAME_BYTES = 4
 
 
-_ERROR_TYPES = {400: "invalid_request_error", 408: "timeout", 431: "invalid_request_error"}
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    408: "timeout",
+    414: "invalid_request_error",
+    431: "invalid_request_error",
+}
 
 _log = structlog.get_logger("edge.request")
 
@@ -72,6 +76,10 @@ class Connection:
         """Drops the connection with all that is not yet sent."""
         self._protocol.transport.abort()
 
+    def leave(self) -> None:
+        """Notes that a connection which was upgraded is gone; the HTTP protocol itself is not told."""
+        self._protocol.leave()
+
     def cut(self) -> None:
         """Sends what is written and closes without ending the body, so that nobody takes it for complete."""
         cycle = self._protocol.cycle
@@ -91,10 +99,11 @@ class StreamProtocol(HttpToolsProtocol):
     allows at any time and no ordinary client provokes.
     """
 
-    read_timeout_seconds: float = 30.0
-    max_connections: int = 4096
     # Where an offered WebSocket is taken; everywhere else the request is answered as if nothing had been offered.
     socket_paths: frozenset[bytes] = frozenset()
+    # Of the server that the connection came to.
+    limits: ClassVar[ConnectionLimits]
+    addresses: ClassVar[Addresses]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,6 +113,7 @@ class StreamProtocol(HttpToolsProtocol):
         self._is_in_head = False
         # Header and trailer bytes of the request that are parsed, and bytes that came without any of its body.
         self._field_bytes = 0
+        self._fields = 0
         self._bodiless_bytes = 0
         self._has_body = False
         self._declined_head: bytes | None = None
@@ -113,6 +123,7 @@ class StreamProtocol(HttpToolsProtocol):
         self._read_timer: asyncio.TimerHandle | None = None
         self._connection = Connection(self)
         self._came_beyond_limit = False
+        self._address = ""
         # When the last response ended, if nothing came since.
         self._idle_since: float | None = None
         # When the first sign of it came.
@@ -123,14 +134,25 @@ class StreamProtocol(HttpToolsProtocol):
     ) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
-        if len(self.connections) > self.max_connections:
+        self._address = self.client[0] if self.client else ""
+        self.addresses.add(self._address)
+        if self.addresses.has_far_too_many(self._address):
+            transport.abort()
+        elif self.addresses.has_too_many(self._address):
+            self._came_beyond_limit = True
+        elif len(self.connections) > self.limits.max_connections:
             self._came_beyond_limit = not self._close_idlest()
         self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.note_closed()
         self._stop_read_timer()
+        self.leave()
         super().connection_lost(exc)
+
+    def leave(self) -> None:
+        """Counts the connection no more as one of its address."""
+        self.addresses.remove(self._address)
 
     def abort_if_running(self) -> None:
         """Drops the connection if a response is under way on it."""
@@ -140,7 +162,9 @@ class StreamProtocol(HttpToolsProtocol):
     @property
     def is_surplus(self) -> bool:
         """Whether there were too many connections when this one came, and there still are."""
-        self._came_beyond_limit &= len(self.connections) > self.max_connections
+        self._came_beyond_limit &= len(
+            self.connections
+        ) > self.limits.max_connections or self.addresses.has_too_many(self._address)
         return self._came_beyond_limit
 
     def _close_idlest(self) -> bool:
@@ -199,15 +223,23 @@ class StreamProtocol(HttpToolsProtocol):
         self._idle_since = None
         self._start_read_timer()
         self._is_in_request = self._is_in_head = True
-        self._field_bytes = self._bodiless_bytes = 0
+        self._field_bytes = self._fields = self._bodiless_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         self._field_bytes += len(url)
-        self._limit_fields(self._field_bytes)
+        if len(self.url) > self.limits.max_url_bytes:
+            self._refuse(414, "The request's URL is too long.")
+        elif self.url.count(b"&") >= self.limits.max_query_parameters:
+            self._refuse(400, "The request's URL has too many parameters.")
+        else:
+            self._limit_fields(self._field_bytes)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._field_bytes += len(name) + len(value) + _HEADER_FRAME_BYTES
+        self._fields += 1
+        if self._fields > self.limits.max_headers:
+            self._refuse(431, "The request has too many headers.")
         self._limit_fields(self._field_bytes)
         # Trailers are dropped: they must not pass for headers.
         if self._is_in_head:
@@ -244,7 +276,7 @@ class StreamProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _limit_fields(self, size: int) -> None:
-        if size > MAX_FIELD_BYTES:
+        if size > self.limits.max_header_bytes:
             self._refuse(431, "The request's headers are too large.")
 
     def _offers_socket(self) -> bool:
@@ -340,7 +372,9 @@ class StreamProtocol(HttpToolsProtocol):
 
     def _start_read_timer(self) -> None:
         self._stop_read_timer()
-        self._read_timer = self.loop.call_later(self.read_timeout_seconds, self._read_timed_out)
+        self._read_timer = self.loop.call_later(
+            self.limits.read_timeout_seconds, self._read_timed_out
+        )
 
     def _stop_read_timer(self) -> None:
         if self._read_timer is not None:

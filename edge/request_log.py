@@ -19,6 +19,8 @@ from edge.protocol import EXTENSION, Connection
 SWITCHING_PROTOCOLS = 101
 CLIENT_CLOSED_REQUEST = 499
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# A field that a client made up may be called anything, a text of a prompt's too: such a one is not logged.
+_FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,128}")
 # Asked every few seconds by orchestrators and scrapers, who must get their answer however many others are connected.
 _PROBES = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
 # What begins an answer: a response, the refusal of a WebSocket, or its acceptance, which has no status of its own.
@@ -74,7 +76,7 @@ class RequestRecord:
         """Notes how the request failed."""
         self.fields["error"] = error.type
         self.metrics.failed(error.type)
-        if error.param is not None:
+        if error.param is not None and _FIELD_NAME.fullmatch(error.param):
             self.fields["param"] = error.param
         if error.grpc_code is not None:
             self.fields["grpc_code"] = error.grpc_code

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
 from edge.app import create_apps
+from edge.connection_limits import Addresses, ConnectionLimits
 from edge.drain import Drain
 from edge.gate import Gate
 from edge.protocol import StreamProtocol
@@ -161,7 +163,13 @@ async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> Non
         _log.warning("edge open to everybody: no API keys are set", host=settings.host)
 
     apps = create_apps(settings, drain, gate)
-    server = _Server(_config(settings, apps.public), "edge listening")
+    config = _config(settings, apps.public)
+    if settings.tls_cert:
+        config.ssl_certfile, config.ssl_keyfile = settings.tls_cert, settings.tls_key
+        config.load()
+        assert config.ssl is not None  # noqa: S101
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    server = _Server(config, "edge listening")
     serving = asyncio.create_task(server.serve([listeners.public]), name="uvicorn")
     stopped = asyncio.create_task(stopping.wait(), name="stop signal")
     async with _served_beside(settings, apps.admin, listeners.admin):
@@ -204,9 +212,9 @@ def _config(
     )
 
     class Protocol(StreamProtocol):
-        read_timeout_seconds = settings.read_timeout_seconds
-        max_connections = settings.max_connections
         socket_paths = paths
+        limits = ConnectionLimits.of(settings)
+        addresses = Addresses(settings.max_connections_per_address)
 
     return uvicorn.Config(
         app,

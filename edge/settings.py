@@ -3,9 +3,10 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from edge.certificates import check_pair, check_roots
 from edge.worker_targets import split_targets
 
 ENV_PREFIX = "SLUICE_EDGE_"
@@ -116,6 +117,38 @@ class EdgeSettings(BaseSettings):
         description="How long a token of /v1/tokens may begin requests.",
         json_schema_extra=unit("seconds"),
     )
+    tls_cert: str = Field(
+        "",
+        description="PEM file of the certificate, and those between it and its root, for HTTPS on --port. Unset: HTTP.",
+        json_schema_extra=unit("path"),
+    )
+    tls_key: str = Field(
+        "",
+        validate_default=True,
+        description="PEM file of its private key.",
+        json_schema_extra=unit("path"),
+    )
+    worker_ca: str = Field(
+        "",
+        description="PEM file of the roots that workers' certificates are checked against; turns on TLS to them.",
+        json_schema_extra=unit("path"),
+    )
+    worker_cert: str = Field(
+        "",
+        description="PEM file of the certificate that the edge shows workers who ask for one.",
+        json_schema_extra=unit("path"),
+    )
+    worker_key: str = Field(
+        "",
+        validate_default=True,
+        description="PEM file of its private key.",
+        json_schema_extra=unit("path"),
+    )
+    worker_server_name: str = Field(
+        "",
+        description="Name that workers' certificates are for, where it is not the one in --worker.",
+        json_schema_extra=unit("name"),
+    )
     cors_origins: str = Field(
         "",
         description="Browser origins that may call, separated by commas: scheme://host[:port], or * for all.",
@@ -204,6 +237,41 @@ class EdgeSettings(BaseSettings):
         description="Open connections above which those that come get a 429.",
         json_schema_extra=unit("connections"),
     )
+    max_connections_per_address: int = Field(
+        1024,
+        ge=1,
+        description="The same for one address, as the connection tells it: of clients behind a proxy that is the"
+        " proxy's, since no header is believed. Beyond twice as many there is no answer.",
+        json_schema_extra=unit("connections"),
+    )
+    max_header_bytes: int = Field(
+        64 * 1024,
+        ge=1024,
+        le=2**24,
+        description="Largest head of a request: its URL and headers, and trailers.",
+        json_schema_extra=unit("bytes"),
+    )
+    max_headers: int = Field(
+        128,
+        ge=8,
+        le=65536,
+        description="Most headers and trailers of a request.",
+        json_schema_extra=unit("headers"),
+    )
+    max_url_bytes: int = Field(
+        32 * 1024,
+        ge=256,
+        le=2**24,
+        description="Longest URL of a request.",
+        json_schema_extra=unit("bytes"),
+    )
+    max_query_parameters: int = Field(
+        128,
+        ge=1,
+        le=65536,
+        description="Most parameters in the URL of a request.",
+        json_schema_extra=unit("parameters"),
+    )
     max_body_bytes: int = Field(
         4 * 1024 * 1024,
         ge=1024,
@@ -245,6 +313,33 @@ class EdgeSettings(BaseSettings):
     @classmethod
     def _are_targets(cls, value: str) -> str:
         split_targets(value)
+        return value
+
+    @field_validator("tls_key")
+    @classmethod
+    def _is_key_of_edge(cls, value: str, info: ValidationInfo) -> str:
+        check_pair(info.data.get("tls_cert", ""), value, "--tls-cert")
+        return value
+
+    @field_validator("worker_ca")
+    @classmethod
+    def _are_roots(cls, value: str) -> str:
+        check_roots(value)
+        return value
+
+    @field_validator("worker_key")
+    @classmethod
+    def _is_key_for_workers(cls, value: str, info: ValidationInfo) -> str:
+        check_pair(info.data.get("worker_cert", ""), value, "--worker-cert")
+        if value and not info.data.get("worker_ca"):
+            raise ValueError("needs --worker-ca, which turns on TLS")
+        return value
+
+    @field_validator("worker_server_name")
+    @classmethod
+    def _has_tls(cls, value: str, info: ValidationInfo) -> str:
+        if value and not info.data.get("worker_ca"):
+            raise ValueError("needs --worker-ca, which turns on TLS")
         return value
 
     @field_validator("cors_origins")

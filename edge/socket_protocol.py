@@ -29,6 +29,7 @@ class SocketProtocol(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connection.note_closed()
+        self.connection.leave()
         super().connection_lost(exc)
 
     def handle_close(self, event: Frame) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -58,7 +59,18 @@ def open_channel(target: str, name: str | None, settings: EdgeSettings) -> grpc.
     options = channel_options(settings.max_message_bytes)
     if name is not None:
         options.append(("grpc.default_authority", name))
-    return grpc.aio.insecure_channel(target, options=options)
+    if not settings.worker_ca:
+        return grpc.aio.insecure_channel(target, options=options)
+    if settings.worker_server_name:
+        options.append(("grpc.ssl_target_name_override", settings.worker_server_name))
+    credentials = grpc.ssl_channel_credentials(
+        Path(settings.worker_ca).read_bytes(),
+        *(
+            Path(path).read_bytes() if path else None
+            for path in (settings.worker_key, settings.worker_cert)
+        ),
+    )
+    return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 class WorkerClient:

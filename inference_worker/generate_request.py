@@ -13,6 +13,7 @@ from inference_worker.caller import Caller, read_caller, read_priority
 from inference_worker.chat.format import ChatFormat, calls_grammar
 from inference_worker.chat.request import Tools, read_tools
 from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
+from inference_worker.count_limits import CountLimits
 from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.errors import ContextExceeded, InvalidField
@@ -29,11 +30,6 @@ from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_MAX_STOP_SEQUENCES: Final = 16
-_MAX_STOP_SEQUENCE_CHARS: Final = 1024
-_MAX_STOP_TOKEN_IDS: Final = 64
-_MAX_LOGIT_BIASES: Final = 1024
-_MAX_LOGPROBS: Final = 20
 # A made seed passes unharmed through JSON, whose numbers many readers take for doubles.
 _SEED_BITS: Final = 53
 
@@ -47,6 +43,7 @@ class Limits:
     max_token_bytes: int | None  # bytes of text that one token can stand for, if known
     chat_format: ChatFormat  # whether there may be tools
     max_grammar_bytes: int  # bytes of a constraint's text
+    counts: CountLimits  # of lists and texts
     takes_continuations: bool  # whether the engine goes on with what another one began
 
 
@@ -135,15 +132,15 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
     read_terms(message)  # what becomes of them is not the generation's to know
     if message.WhichOneof("source") is None:
         raise InvalidField("prompt", "is required")
-    check_prompt(message.prompt, limits.chat_format)
+    check_prompt(message.prompt, limits.chat_format, limits.counts)
     tools = read_tools(message.prompt.chat, "prompt.chat")
     check_fits(message.prompt, limits.context_length, limits.max_token_bytes)
     n = message.n if message.HasField("n") else 1
     check_range("n", n, 1, limits.max_choices)
-    output = _read_output(message.output)
+    output = _read_output(message.output, limits.counts)
     stopping = message.stopping
-    sampling = _read_sampling(message.sampling, model)
-    stop_token_ids = _read_stop_token_ids(stopping, model)
+    sampling = _read_sampling(message.sampling, model, limits.counts)
+    stop_token_ids = _read_stop_token_ids(stopping, model, limits.counts)
     max_tokens = _read_max_tokens(stopping, output)
     is_chat = message.prompt.WhichOneof("input") == "chat"
     is_told_apart = is_chat and (bool(tools.specs) or limits.chat_format.marks_reasoning)
@@ -163,7 +160,7 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         request_id=_read_request_id(message),
         prompt=message.prompt,
         sampling=sampling,
-        stop_sequences=_read_stop_sequences(stopping),
+        stop_sequences=_read_stop_sequences(stopping, limits.counts),
         stop_token_ids=stop_token_ids,
         max_tokens=max_tokens,
         output=output,
@@ -219,7 +216,7 @@ def _read_request_id(message: pb.GenerateRequest) -> str:
     return message.request_id
 
 
-def _read_sampling(message: pb.Sampling, model: ModelInfo) -> SamplingParams:
+def _read_sampling(message: pb.Sampling, model: ModelInfo, limits: CountLimits) -> SamplingParams:
     refuse_unknown_fields(message, "sampling")
     _check_sampling_ranges(message)
     default = model.default_sampling
@@ -240,7 +237,7 @@ def _read_sampling(message: pb.Sampling, model: ModelInfo) -> SamplingParams:
         repetition_penalty=choose("repetition_penalty", default.repetition_penalty),
         presence_penalty=choose("presence_penalty", default.presence_penalty),
         frequency_penalty=choose("frequency_penalty", default.frequency_penalty),
-        logit_bias=_read_logit_bias(message, model) if bias else default.logit_bias,
+        logit_bias=_read_logit_bias(message, model, limits) if bias else default.logit_bias,
         seed=message.seed if message.HasField("seed") else secrets.randbits(_SEED_BITS),
     )
 
@@ -263,8 +260,10 @@ def _check_sampling_ranges(message: pb.Sampling) -> None:
         check_range("sampling.frequency_penalty", message.frequency_penalty, -2, 2)
 
 
-def _read_logit_bias(message: pb.Sampling, model: ModelInfo) -> MappingProxyType[int, float]:
-    check_count("sampling.logit_bias", len(message.logit_bias), _MAX_LOGIT_BIASES, "entries")
+def _read_logit_bias(
+    message: pb.Sampling, model: ModelInfo, limits: CountLimits
+) -> MappingProxyType[int, float]:
+    check_count("sampling.logit_bias", len(message.logit_bias), limits.max_logit_biases, "entries")
     for token_id, bias in message.logit_bias.items():
         path = f"sampling.logit_bias[{token_id}]"
         _check_token_id(path, token_id, model)
@@ -281,32 +280,34 @@ def _read_max_tokens(message: pb.Stopping, output: OutputParams) -> int | None:
     return message.max_tokens
 
 
-def _read_stop_sequences(message: pb.Stopping) -> tuple[str, ...]:
+def _read_stop_sequences(message: pb.Stopping, limits: CountLimits) -> tuple[str, ...]:
     path = "stopping.stop_sequences"
-    check_count(path, len(message.stop_sequences), _MAX_STOP_SEQUENCES, "texts")
+    check_count(path, len(message.stop_sequences), limits.max_stop_sequences, "texts")
     for index, text in enumerate(message.stop_sequences):
-        if not 1 <= len(text) <= _MAX_STOP_SEQUENCE_CHARS:
+        if not 1 <= len(text) <= limits.max_stop_characters:
             raise InvalidField(
                 f"{path}[{index}]",
-                f"must be 1 to {_MAX_STOP_SEQUENCE_CHARS} characters, got {len(text)}",
+                f"must be 1 to {limits.max_stop_characters} characters, got {len(text)}",
             )
     return tuple(message.stop_sequences)
 
 
-def _read_stop_token_ids(message: pb.Stopping, model: ModelInfo) -> frozenset[int]:
+def _read_stop_token_ids(
+    message: pb.Stopping, model: ModelInfo, limits: CountLimits
+) -> frozenset[int]:
     path = "stopping.stop_token_ids"
-    check_count(path, len(message.stop_token_ids), _MAX_STOP_TOKEN_IDS, "ids")
+    check_count(path, len(message.stop_token_ids), limits.max_stop_token_ids, "ids")
     for index, token_id in enumerate(message.stop_token_ids):
         _check_token_id(f"{path}[{index}]", token_id, model)
     ids = frozenset(message.stop_token_ids)
     return ids if message.ignore_eos else ids | model.eos_token_ids
 
 
-def _read_output(message: pb.Output) -> OutputParams:
+def _read_output(message: pb.Output, limits: CountLimits) -> OutputParams:
     refuse_unknown_fields(message, "output")
     logprobs = message.logprobs if message.HasField("logprobs") else None
     if logprobs is not None:
-        check_range("output.logprobs", logprobs, 0, _MAX_LOGPROBS)
+        check_range("output.logprobs", logprobs, 0, limits.max_logprobs)
     if message.prompt_logprobs and (logprobs is None or not message.echo):
         raise InvalidField("output.prompt_logprobs", "needs output.echo and output.logprobs")
     return OutputParams(

@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from inference_worker.chat.format import ChatFormat
 from inference_worker.chat.request import check_chat, render
 from inference_worker.control_tokens import ControlTokenError
+from inference_worker.count_limits import CONTRACT, CountLimits
 from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import refuse_unknown_fields
 from inference_worker.tokenizer import TemplateError, Tokenizer
@@ -22,7 +23,12 @@ _BYTES_PER_TOKEN: Final = 4
 T = TypeVar("T")
 
 
-def check_prompt(prompt: pb.Prompt, chat_format: ChatFormat, path: str = "prompt") -> None:
+def check_prompt(
+    prompt: pb.Prompt,
+    chat_format: ChatFormat,
+    limits: CountLimits = CONTRACT,
+    path: str = "prompt",
+) -> None:
     """Check the shape of a prompt; cheap whatever its size.
 
     Raises: InvalidField, UnsupportedField.
@@ -39,7 +45,7 @@ def check_prompt(prompt: pb.Prompt, chat_format: ChatFormat, path: str = "prompt
             if prompt.HasField("special_tokens"):
                 raise InvalidField(f"{path}.special_tokens", "token ids are what they are")
         case "chat":
-            check_chat(prompt.chat, f"{path}.chat", chat_format)
+            check_chat(prompt.chat, f"{path}.chat", chat_format, limits)
         case _:
             raise InvalidField(path, "set one of text, token_ids and chat")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -77,10 +78,24 @@ class Server:
         await self._server.stop(_STOP_SECONDS)
 
     def _add_port(self, address: str) -> int:
+        credentials = _credentials(self._settings)
         try:
+            if credentials is not None:
+                return self._server.add_secure_port(address, credentials)
             return self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise AddressUnusable(f"cannot listen on {address}") from error
+
+
+def _credentials(settings: WorkerSettings) -> grpc.ServerCredentials | None:
+    """What the settings say of TLS, which gRPC speaks from version 1.2 on."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    pair = (Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes())
+    if settings.tls_client_ca is None:
+        return grpc.ssl_server_credentials([pair])
+    roots = Path(settings.tls_client_ca).read_bytes()
+    return grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
 
 
 def _check_address(host: str, port: int) -> None:
@@ -102,6 +117,10 @@ def _options(settings: WorkerSettings) -> list[tuple[str, Any]]:
         ("grpc.so_reuseport", 0),  # a second worker on the same port is a mistake, not a pool
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        # both: from the first on gRPC refuses some calls at random
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
         ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", keepalive_timeout),
         # the one that newer versions of gRPC obey

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from inference_worker.certificates import check_pair, check_roots
+from inference_worker.count_limits import CONTRACT
 from inference_worker.default_model import CHECKPOINT
 
 EMBEDDED_MODEL_NAME = "sluice-tiny"
@@ -163,6 +165,62 @@ class WorkerSettings(BaseSettings):
         json_schema_extra=unit("choices"),
     )
 
+    max_messages: int = Field(
+        CONTRACT.max_messages,
+        ge=1,
+        le=CONTRACT.max_messages,
+        description="Most messages of one chat.",
+        json_schema_extra=unit("messages"),
+    )
+    max_tools: int = Field(
+        CONTRACT.max_tools,
+        ge=0,
+        le=CONTRACT.max_tools,
+        description="Most functions that a chat may offer, and most calls in one of its messages.",
+        json_schema_extra=unit("tools"),
+    )
+    max_tool_bytes: int = Field(
+        CONTRACT.max_tool_bytes,
+        ge=0,
+        le=CONTRACT.max_tool_bytes,
+        description="Longest description of all of a chat's functions together, their schemas included.",
+        json_schema_extra=unit("bytes"),
+    )
+    max_stop_sequences: int = Field(
+        CONTRACT.max_stop_sequences,
+        ge=0,
+        le=CONTRACT.max_stop_sequences,
+        description="Most stop sequences of one request.",
+        json_schema_extra=unit("texts"),
+    )
+    max_stop_characters: int = Field(
+        CONTRACT.max_stop_characters,
+        ge=1,
+        le=CONTRACT.max_stop_characters,
+        description="Longest stop sequence.",
+        json_schema_extra=unit("characters"),
+    )
+    max_stop_token_ids: int = Field(
+        CONTRACT.max_stop_token_ids,
+        ge=0,
+        le=CONTRACT.max_stop_token_ids,
+        description="Most stop tokens of one request.",
+        json_schema_extra=unit("tokens"),
+    )
+    max_logit_biases: int = Field(
+        CONTRACT.max_logit_biases,
+        ge=0,
+        le=CONTRACT.max_logit_biases,
+        description="Most tokens whose logits one request changes.",
+        json_schema_extra=unit("tokens"),
+    )
+    max_logprobs: int = Field(
+        CONTRACT.max_logprobs,
+        ge=0,
+        le=CONTRACT.max_logprobs,
+        description="Most candidates of a token whose log-probabilities are sent.",
+        json_schema_extra=unit("candidates"),
+    )
     max_grammar_bytes: int = Field(
         131_072,
         ge=1,
@@ -229,7 +287,7 @@ class WorkerSettings(BaseSettings):
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="Address to listen on. There is no authentication: only trusted callers should reach it.",
+        description="Address to listen on. Without --tls-client-ca only trusted callers should reach it.",
         json_schema_extra=unit("address"),
     )
     port: int = Field(
@@ -245,11 +303,44 @@ class WorkerSettings(BaseSettings):
         description="Path of a Unix socket to listen on, in place of --host and --port.",
         json_schema_extra=unit("path"),
     )
+    tls_cert: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file of the certificate, and those between it and its root, for TLS. Unset: none.",
+        json_schema_extra=unit("path"),
+    )
+    tls_key: str | None = Field(
+        None,
+        min_length=1,
+        validate_default=True,
+        description="PEM file of its private key.",
+        json_schema_extra=unit("path"),
+    )
+    tls_client_ca: str | None = Field(
+        None,
+        min_length=1,
+        description="PEM file of roots: callers need a certificate of one of them. Unset: they need none.",
+        json_schema_extra=unit("path"),
+    )
     max_message_bytes: int = Field(
         16 * 1024 * 1024,
         ge=1024,
         le=2**31 - 1,
         description="Largest message received or sent.",
+        json_schema_extra=unit("bytes"),
+    )
+    max_streams: int = Field(
+        4096,
+        ge=1,
+        le=2**31 - 1,
+        description="Most calls at once on one connection; more wait until others have ended.",
+        json_schema_extra=unit("calls"),
+    )
+    max_metadata_bytes: int = Field(
+        16 * 1024,
+        ge=1024,
+        le=2**24,
+        description="Most metadata of one call; a call with more is refused.",
         json_schema_extra=unit("bytes"),
     )
     heartbeat_seconds: float = Field(
@@ -323,6 +414,22 @@ class WorkerSettings(BaseSettings):
         description="Write prompts and completions into the log.",
         json_schema_extra=unit("bool"),
     )
+
+    @field_validator("tls_key")
+    @classmethod
+    def _is_key(cls, value: str | None, info: ValidationInfo) -> str | None:
+        check_pair(info.data.get("tls_cert") or "", value or "", "--tls-cert")
+        if value and info.data.get("unix_socket"):
+            raise ValueError("is not for a --unix-socket")
+        return value
+
+    @field_validator("tls_client_ca")
+    @classmethod
+    def _are_roots(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and not info.data.get("tls_key"):
+            raise ValueError("needs --tls-cert and --tls-key")
+        check_roots(value or "")
+        return value
 
     @field_validator("model_aliases", mode="before")
     @classmethod

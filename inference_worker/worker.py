@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 
 from inference_worker.admission import Admission, AdmissionLimits
 from inference_worker.caller import check_key_id, read_caller
+from inference_worker.count_limits import CountLimits
 from inference_worker.engine.event import FinishReason
 from inference_worker.errors import (
     InternalError,
@@ -105,6 +106,7 @@ class Worker:
                 served.tokenizer.max_token_bytes,
                 served.tokenizer.chat_format,
                 settings.max_grammar_bytes,
+                CountLimits.of(settings),
                 served.takes_continuations,
             ),
             prompts=self._prompts,
@@ -319,7 +321,9 @@ class Worker:
         refuse_unknown_fields(message, "")
         if message.HasField("model"):
             self._check_model(message.model)
-        check_prompt(message.prompt, self._served.tokenizer.chat_format)
+        check_prompt(
+            message.prompt, self._served.tokenizer.chat_format, self._backend.limits.counts
+        )
         if message.prompt.HasField("token_ids"):
             raise InvalidField("prompt.token_ids", "are token ids already")
         response = await self._side_call(lambda: self._prompts.tokenize(message.prompt))

@@ -11,15 +11,11 @@ from typing import Any, Final
 from google.protobuf import json_format, struct_pb2
 
 from inference_worker.chat.format import ChatFormat, ToolSpec
+from inference_worker.count_limits import CONTRACT, CountLimits
 from inference_worker.errors import InvalidField
 from inference_worker.field_rules import check_count, refuse_unknown_fields
 from protos.sluice.v1 import generation_pb2 as pb
 
-_MAX_MESSAGES: Final = 10_000  # checked one by one on the event loop
-_MAX_TOOLS: Final = 128
-_MAX_TOOL_BYTES: Final = (
-    256 * 1024
-)  # of all tools together: their schemas are parsed on the event loop
 _MAX_TEMPLATE_ARGUMENTS: Final = 32
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _ARGUMENT_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -53,7 +49,9 @@ class RenderedChat:
     arguments: dict[str, Any] | None = None
 
 
-def check_chat(chat: pb.Chat, path: str, chat_format: ChatFormat) -> None:
+def check_chat(
+    chat: pb.Chat, path: str, chat_format: ChatFormat, limits: CountLimits = CONTRACT
+) -> None:
     """Check all but the JSON inside; cheap whatever its size.
 
     Raises: InvalidField, UnsupportedField.
@@ -61,10 +59,10 @@ def check_chat(chat: pb.Chat, path: str, chat_format: ChatFormat) -> None:
     refuse_unknown_fields(chat, path)
     if not chat.messages:
         raise InvalidField(f"{path}.messages", "is empty")
-    check_count(f"{path}.messages", len(chat.messages), _MAX_MESSAGES, "messages")
+    check_count(f"{path}.messages", len(chat.messages), limits.max_messages, "messages")
     for index, message in enumerate(chat.messages):
-        _check_message(message, f"{path}.messages[{index}]")
-    _check_tools(chat, path, chat_format)
+        _check_message(message, f"{path}.messages[{index}]", limits)
+    _check_tools(chat, path, chat_format, limits)
     _check_choice(chat, path)
     arguments = chat.template_arguments.fields
     check_count(f"{path}.template_arguments", len(arguments), _MAX_TEMPLATE_ARGUMENTS, "arguments")
@@ -105,24 +103,24 @@ def render(chat: pb.Chat, path: str) -> RenderedChat:
     )
 
 
-def _check_message(message: pb.ChatMessage, path: str) -> None:
+def _check_message(message: pb.ChatMessage, path: str, limits: CountLimits) -> None:
     refuse_unknown_fields(message, path)
     if not message.role:
         raise InvalidField(f"{path}.role", "is required")
     if message.tool_calls and message.role != "assistant":
         raise InvalidField(f"{path}.tool_calls", "only an assistant calls functions")
-    check_count(f"{path}.tool_calls", len(message.tool_calls), _MAX_TOOLS, "calls")
+    check_count(f"{path}.tool_calls", len(message.tool_calls), limits.max_tools, "calls")
     for index, call in enumerate(message.tool_calls):
         refuse_unknown_fields(call, f"{path}.tool_calls[{index}]")
         if not call.name:
             raise InvalidField(f"{path}.tool_calls[{index}].name", "is required")
 
 
-def _check_tools(chat: pb.Chat, path: str, chat_format: ChatFormat) -> None:
+def _check_tools(chat: pb.Chat, path: str, chat_format: ChatFormat, limits: CountLimits) -> None:
     path = f"{path}.tools"
     if chat.tools and chat_format.tools is None:
         raise InvalidField(path, "the model's chat template knows no tools")
-    check_count(path, len(chat.tools), _MAX_TOOLS, "tools")
+    check_count(path, len(chat.tools), limits.max_tools, "tools")
     seen = set()
     for index, tool in enumerate(chat.tools):
         refuse_unknown_fields(tool, f"{path}[{index}]")
@@ -134,7 +132,7 @@ def _check_tools(chat: pb.Chat, path: str, chat_format: ChatFormat) -> None:
             raise InvalidField(f"{path}[{index}].name", f"{tool.name} comes twice")
         seen.add(tool.name)
     size = sum(tool.ByteSize() for tool in chat.tools)
-    check_count(path, size, _MAX_TOOL_BYTES, "bytes")
+    check_count(path, size, limits.max_tool_bytes, "bytes")
 
 
 def _check_choice(chat: pb.Chat, path: str) -> None:

@@ -169,11 +169,11 @@ async def slow_tokenizer(
     entered, leave = threading.Event(), threading.Event()
     encode = worker.served.tokenizer.encode
 
-    def hang(text: str) -> list[int]:
+    def hang(text: str, *, special_tokens: bool = True) -> list[int]:
         if len(text) >= least_bytes:
             entered.set()
             leave.wait(10)
-        return encode(text)
+        return encode(text, special_tokens=special_tokens)
 
     monkeypatch.setattr(worker.served.tokenizer, "encode", hang)
     try:

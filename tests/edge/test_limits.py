@@ -1,0 +1,257 @@
+"""What a stranger may ask of the HTTP server: each limit has a setting, and each is refused by name."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from websockets.asyncio.client import connect
+
+from edge.command_line import read_settings
+from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.raw_http import RawClient, request_bytes
+from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+MODELS = request_bytes("/v1/models", method="GET")
+SMALL = {
+    "max_header_bytes": 2048,
+    "max_headers": 10,
+    "max_url_bytes": 300,
+    "max_query_parameters": 5,
+    "max_body_bytes": 1024,
+    "max_json_depth": 5,
+    "max_prompts": 2,
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def strict_edge(shared_worker: tuple[ScriptedWorker, str]) -> AsyncIterator[EdgeProcess]:
+    async with running_edge(shared_worker[1], **SMALL) as edge:
+        yield edge
+
+
+def get(path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"GET {path} HTTP/1.1", "host: edge", *headers, "", ""]).encode()
+
+
+MANY = [f"x-{number}: 1" for number in range(9)]
+NEST = request_bytes("/v1/completions", {"prompt": "x", "a": {"b": {"c": {"d": {"e": {}}}}}})
+TEXTS = request_bytes("/v1/completions", {"prompt": ["x"] * 3})
+BODY = request_bytes("/v1/completions", {"prompt": "x" * 1100})
+CASES: dict[str, tuple[bytes, bytes, bytes]] = {
+    # each with what is just allowed, what is one too many, and its refusal
+    "headers": (
+        get("/v1/models", *MANY),
+        get("/v1/models", *MANY, "x-9: 1"),
+        b"431 Request Header Fields Too Large",
+    ),
+    "header bytes": (
+        get("/v1/models", "x: " + "y" * 1950),
+        get("/v1/models", "x: " + "y" * 2048),
+        b"431 Request Header Fields Too Large",
+    ),
+    "URL": (
+        get("/v1/models?" + "x" * 289),
+        get("/v1/models?" + "x" * 290),
+        # named as the version of Python names it
+        b"414 ",
+    ),
+    "parameters": (
+        get("/v1/models?" + "&".join("abcde")),
+        get("/v1/models?" + "&".join("abcdef")),
+        b"400 Bad Request",
+    ),
+    "body": (request_bytes("/v1/completions", {"prompt": "x"}), BODY, b"413 "),
+    "depth": (
+        request_bytes("/v1/completions", {"prompt": "x", "logit_bias": {}}),
+        NEST,
+        b"400 Bad Request",
+    ),
+    "prompts": (
+        request_bytes("/v1/completions", {"prompt": ["x"] * 2}),
+        TEXTS,
+        b"400 Bad Request",
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", CASES)
+async def test_one_too_many_is_refused(
+    strict_edge: EdgeProcess, worker: ScriptedWorker, limit: str
+) -> None:
+    fine, refused, status = CASES[limit]
+    async with RawClient(strict_edge.port) as client:
+        await client.send(fine)
+        assert (await client.read_until(b"}")).startswith(b"HTTP/1.1 200")
+    async with RawClient(strict_edge.port) as client:
+        await client.send(refused)
+        answer = await client.read_until(b'"code"')
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert b'"type":"invalid_request_error"' in answer
+    assert len(worker.calls) <= 2
+
+
+@pytest.mark.parametrize(
+    "name", [*SMALL, "max_connections", "max_connections_per_address", "read_timeout_seconds"]
+)
+def test_every_limit_can_be_set(name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    value = SMALL.get(name, 7)
+    assert getattr(read_settings([f"{flag}={value}"]), name) == value
+    with pytest.raises(SystemExit):
+        read_settings([f"{flag}=0"])
+
+
+class ClientFrom(RawClient):
+    """A connection from another address of this machine."""
+
+    def __init__(self, port: int, address: str) -> None:
+        super().__init__(port)
+        self.socket.bind((address, 0))
+
+
+async def test_one_address_does_not_take_all_connections(
+    target: str, worker: ScriptedWorker
+) -> None:
+    async def hanging(call: ScriptedCall) -> None:
+        await call.started()
+        await call.hang()
+
+    worker.script = hanging
+    stream = request_bytes("/v1/chat/completions", CHAT | {"stream": True})
+    async with (
+        running_edge(target, max_connections_per_address=2) as edge,
+        RawClient(edge.port) as first,
+        RawClient(edge.port) as second,
+    ):
+        for client in (first, second):
+            await client.send(stream)
+            await client.read_until(b"assistant")
+        async with RawClient(edge.port) as third, RawClient(edge.port) as fourth:
+            await third.send(request_bytes("/health", method="GET"))
+            assert (await third.read_until(b"status")).startswith(b"HTTP/1.1 200")
+            await fourth.send(MODELS)
+            assert (await fourth.read_to_end()).startswith(b"HTTP/1.1 429")
+            async with RawClient(edge.port) as fifth:
+                # the fourth has been closed: four are open again, which is not yet beyond twice as many
+                await fifth.send(MODELS)
+                assert (await fifth.read_to_end()).startswith(b"HTTP/1.1 429")
+                silent = [RawClient(edge.port) for _ in range(6)]
+                closed = 0
+                for client in silent:
+                    await client.__aenter__()
+                    await client.send(MODELS)
+                for client in silent:
+                    try:
+                        answer = await client.read_to_end()
+                    except ConnectionResetError:
+                        answer = b""
+                    closed += answer == b""
+                    assert answer == b"" or answer.startswith(b"HTTP/1.1 429")
+                    client.socket.close()
+                assert closed > 0
+        async with ClientFrom(edge.port, "127.0.0.2") as other:
+            await other.send(MODELS)
+            assert (await other.read_until(b"list")).startswith(b"HTTP/1.1 200")
+        assert not any(call.was_cancelled for call in worker.calls)
+        first.socket.close()
+        async with asyncio.timeout(PATIENCE):
+            await worker.calls[0].ended.wait()
+            while True:  # until the edge has seen that the others are gone as well
+                async with RawClient(edge.port) as later:
+                    await later.send(MODELS)
+                    if (await later.read_until(b"\r\n")).startswith(b"HTTP/1.1 200"):
+                        break
+
+
+async def test_a_socket_counts_until_it_is_closed(target: str, worker: ScriptedWorker) -> None:
+    async with running_edge(target, max_connections_per_address=1) as edge:
+
+        async def status() -> bytes:
+            async with RawClient(edge.port) as client:
+                await client.send(MODELS)
+                return (await client.read_until(b"\r\n"))[9:12]
+
+        for _ in range(3):
+            async with connect(f"ws://127.0.0.1:{edge.port}/v1/ws", proxy=None):
+                assert await status() == b"429"
+            async with asyncio.timeout(PATIENCE):
+                while await status() != b"200":
+                    await asyncio.sleep(0.01)
+
+
+async def dribble(client: RawClient, data: bytes) -> bytes:
+    """Sends a byte now and then until the server has had enough; what it answered."""
+    loop = asyncio.get_running_loop()
+    for byte in data:
+        try:
+            await client.send(bytes([byte]))
+            async with asyncio.timeout(0.05):
+                if answer := await loop.sock_recv(client.socket, 65536):
+                    return answer
+            return b""
+        except TimeoutError:
+            continue
+        except (ConnectionResetError, BrokenPipeError):
+            return b""
+    raise AssertionError("everything was taken")
+
+
+@pytest.mark.parametrize("part", ["head", "header", "body", "chunks", "nothing"])
+async def test_a_request_that_never_ends_is_cut_off(
+    slow_edge: EdgeProcess, worker: ScriptedWorker, part: str
+) -> None:
+    endless = b"x" * 10_000
+    begin = {
+        "head": b"GET /",
+        "header": b"GET /v1/models HTTP/1.1\r\nhost: edge\r\nx: ",
+        "body": b"POST /v1/completions HTTP/1.1\r\nhost: edge\r\ncontent-length: 20000\r\n\r\n",
+        "chunks": b"POST /v1/completions HTTP/1.1\r\nhost: edge\r\ntransfer-encoding: chunked\r\n\r\n"
+        + b"2710\r\n",
+        "nothing": b"",
+    }[part]
+    async with RawClient(slow_edge.port) as client:
+        if part == "nothing":
+            assert await client.read_to_end() == b""
+            return
+        await client.send(begin)
+        assert (await dribble(client, endless)).startswith(b"HTTP/1.1 408 ")
+    assert worker.calls == []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def slow_edge(shared_worker: tuple[ScriptedWorker, str]) -> AsyncIterator[EdgeProcess]:
+    async with running_edge(shared_worker[1], read_timeout_seconds=0.5) as edge:
+        yield edge
+
+
+async def test_dribbling_clients_hold_up_nobody(
+    slow_edge: EdgeProcess, worker: ScriptedWorker
+) -> None:
+    dribbling = [RawClient(slow_edge.port) for _ in range(50)]
+    try:
+        for client in dribbling:
+            await client.__aenter__()
+            await client.send(b"POST /v1/completions HTTP/1.1\r\nhost: ed")
+        async with RawClient(slow_edge.port) as client:
+            await client.send(MODELS)
+            assert (await client.read_until(b"list")).startswith(b"HTTP/1.1 200")
+        for client in dribbling:
+            assert (await client.read_to_end()).startswith(b"HTTP/1.1 408 ")
+    finally:
+        for client in dribbling:
+            client.socket.close()
+
+
+async def test_a_pipelined_dribble_is_cut_off_too(
+    slow_edge: EdgeProcess, worker: ScriptedWorker
+) -> None:
+    async with RawClient(slow_edge.port) as client:
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await client.send(MODELS)
+        await client.read_until(b"list")
+        client.received = b""
+        answer = await dribble(client, b"GET /v1/models HTTP/1.1\r\n" + b"x" * 10_000)
+        assert answer.startswith(b"HTTP/1.1 408 ")
