@@ -67,7 +67,7 @@ def create_apps(settings: EdgeSettings, drain: Drain, gate: Gate) -> Apps:
             await workers.close()
 
     table = operations(workers, drain, settings, gate)
-    asked = probes.operations(InfoEndpoints(workers, drain), metrics)
+    asked = probes.operations(InfoEndpoints(workers, drain), metrics, settings.open_metrics)
     has_admin = settings.admin_port is not None
     if not has_admin:
         table += asked

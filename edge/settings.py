@@ -90,7 +90,8 @@ class EdgeSettings(BaseSettings):
         None,
         ge=0,
         le=65535,
-        description="TCP port for /health and /ready, which are then nowhere else; 0 picks a free one."
+        description="TCP port for /health, /ready and /metrics, which are then nowhere else, without keys and TLS;"
+        " 0 picks a free one."
         " Unset: they are on --port.",
         json_schema_extra=unit("port"),
     )
@@ -116,6 +117,11 @@ class EdgeSettings(BaseSettings):
         le=86400,
         description="How long a token of /v1/tokens may begin requests.",
         json_schema_extra=unit("seconds"),
+    )
+    open_metrics: bool = Field(
+        False,
+        description="Whether /metrics needs no API key on --port.",
+        json_schema_extra=unit("bool"),
     )
     tls_cert: str = Field(
         "",

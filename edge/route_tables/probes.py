@@ -6,7 +6,9 @@ from edge.metrics import EdgeMetrics
 from edge.operation import Operation
 
 
-def operations(info: InfoEndpoints, metrics: EdgeMetrics) -> list[Operation]:
+def operations(
+    info: InfoEndpoints, metrics: EdgeMetrics, has_open_metrics: bool
+) -> list[Operation]:
     """Their rows."""
     return [
         Operation(
@@ -36,5 +38,6 @@ def operations(info: InfoEndpoints, metrics: EdgeMetrics) -> list[Operation]:
             None,
             (),
             other_content={"text/plain": "Prometheus' text format."},
+            is_open=has_open_metrics,
         ),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edge.api_keys import ApiKey, digest_of, line_of
 from tests.integration.stack import LoggedProcess, Stack, running_stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -372,3 +373,31 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser: Any, stack
     page.click("#close-settings")
     assert page.locator("#question").is_visible()
     context.close()
+
+
+def test_a_key_is_asked_for_used_and_forgotten_with_the_tab(browser: Any, stack: Stack) -> None:
+    secret = "sluice_somebodys"
+    line = line_of(ApiKey("somebody", (digest_of(secret),)))
+    flags = {"host": "127.0.0.1", "port": 0, "worker": stack.worker_address, "api_keys": line}
+    edge = LoggedProcess("edge", flags)
+    try:
+        port = edge.wait_for_line(event="edge listening")["port"]
+        context = browser.new_context()
+        page = context.new_page()
+        page.set_default_timeout(_PATIENCE)
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("#model-name:has-text('Give an API key')")
+        page.click("#open-settings")
+        page.fill("[name=key]", secret)
+        page.press("[name=key]", "Tab")
+        page.wait_for_selector(".light[data-state=ready]")
+        page.fill("#question", "Count to 10")
+        page.press("#question", "Enter")
+        page.wait_for_selector("#send:visible")
+        assert "9, 10" in page.locator(".answer-body").last.inner_text()
+        kept = page.evaluate("[JSON.stringify(sessionStorage), JSON.stringify(localStorage)]")
+        assert [secret in storage for storage in kept] == [True, False]
+        context.close()
+        stack.wait_idle()
+    finally:
+        assert edge.stop() == 0

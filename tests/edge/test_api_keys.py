@@ -299,6 +299,18 @@ async def test_keys_in_the_environment_and_a_warning_without_any(target: str) ->
         await edge.line(lambda line: line["event"].startswith("edge open to everybody"))
 
 
+async def test_metrics_need_a_key_unless_they_are_open(target: str, files: Path) -> None:
+    for is_open in (False, True):
+        async with (
+            running_edge(target, open_metrics=is_open, **settings_of(files)) as edge,
+            httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http,
+        ):
+            without = await http.get(f"{edge.url}/metrics")
+            assert without.status_code == (200 if is_open else 401)
+            with_key = await http.get(f"{edge.url}/metrics", headers=bearer(BOB))
+            assert with_key.status_code == 200
+
+
 async def test_probes_have_a_port_of_their_own(target: str, files: Path) -> None:
     async with (
         running_edge(target, admin_port=0, **settings_of(files)) as edge,
@@ -310,6 +322,8 @@ async def test_probes_have_a_port_of_their_own(target: str, files: Path) -> None
                 while (await http.get(admin + path)).status_code != 200:
                     await asyncio.sleep(0.05)
             assert (await http.get(edge.url + path)).status_code == 404
+        assert (await http.get(f"{admin}/metrics")).status_code == 200
+        assert (await http.get(f"{edge.url}/metrics")).status_code == 404
         for path in ("/v1/models", "/", "/static/main.js", "/openapi.json"):
             assert (await http.get(admin + path)).status_code == 404
         edge.process.terminate()
