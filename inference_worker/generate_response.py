@@ -146,7 +146,9 @@ class StreamWriter:
         footer.completion_tokens = finished.completion_tokens
         footer.finish_reason = reason
         if self._reading.sends_token_ids:
-            footer.withheld_token_ids.extend(finished.withheld_token_ids)
+            footer.withheld_token_ids.extend([token.token_id for token in finished.withheld])
+        if self._reading.output.logprobs is not None:
+            footer.withheld_logprobs.extend(map(self._logprob, finished.withheld))
         if finished.stop_sequence is not None:
             footer.stop_sequence = finished.stop_sequence
         elif finished.stop_token_id is not None:

@@ -2,7 +2,7 @@
 
 import codecs
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -180,10 +180,15 @@ class LegacyLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def of(self, delta: pb.Delta) -> dict[str, list[Any]]:
-        """The lists of one delta."""
+    def of_end(self, finished: pb.Finished) -> dict[str, list[Any]]:
+        """The lists of the stop token, which is a completion token though no part of the text."""
+        has_stop_token = finished.HasField("stop_token_id")
+        return self.of(finished.withheld_logprobs[-1:] if has_stop_token else [])
+
+    def of(self, entries: Iterable[pb.TokenLogprob]) -> dict[str, list[Any]]:
+        """The lists of some tokens."""
         tokens, logprobs, tops, offsets = [], [], [], []
-        for entry in delta.logprobs:
+        for entry in entries:
             tokens.append(shown_bytes(entry.token.token))
             logprobs.append(shown_logprob(entry.token))
             tops.append(_top(entry))
@@ -228,7 +233,12 @@ class CompletionEncoder(ChunkEncoder):
         return self._choice(index, "")
 
     def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:
-        return self._legacy[index].of(delta)
+        return self._legacy[index].of(delta.logprobs)
+
+    def _last_logprobs(self, index: int, finished: pb.Finished) -> dict[str, Any] | None:
+        if not finished.HasField("stop_token_id"):
+            return None
+        return self._legacy[index].of_end(finished)
 
 
 class _Choice:
@@ -238,12 +248,19 @@ class _Choice:
         self.logprobs: dict[str, list[Any]] | None = None
         self._legacy = LegacyLogprobs()
         if has_logprobs:
-            self.logprobs = self._legacy.of(pb.Delta())
+            self.logprobs = self._legacy.of([])
 
     def add(self, delta: pb.Delta) -> None:
         self.text.append(delta.text)
+        self._add_logprobs(self._legacy.of(delta.logprobs))
+
+    def finish(self, finished: pb.Finished) -> None:
+        self.finish_reason = finish_reason(finished)
+        self._add_logprobs(self._legacy.of_end(finished))
+
+    def _add_logprobs(self, lists: dict[str, list[Any]]) -> None:
         if self.logprobs is not None:
-            for name, values in self._legacy.of(delta).items():
+            for name, values in lists.items():
                 self.logprobs[name] += values
 
 
@@ -269,8 +286,7 @@ class CompletionCollector:
             self._choices[prompt, message.delta.choice_index].add(message.delta)
             self._usage.delta(prompt, message.delta)
         elif kind == "finished":
-            choice = self._choices[prompt, message.finished.choice_index]
-            choice.finish_reason = finish_reason(message.finished)
+            self._choices[prompt, message.finished.choice_index].finish(message.finished)
             self._usage.finished(prompt, message.finished)
 
     def body(self) -> bytes:

@@ -159,7 +159,10 @@ class ChunkEncoder(StreamEncoder):
         if kind == "finished":
             finished = message.finished
             self._frame.usage.finished(prompt, finished)
-            choice = self._last_choice(prompt * self._n + finished.choice_index)
+            index = prompt * self._n + finished.choice_index
+            choice = self._last_choice(index)
+            if self._has_logprobs and (logprobs := self._last_logprobs(index, finished)):
+                choice["logprobs"] = logprobs
             return self._frame.chunk([choice | {"finish_reason": finish_reason(finished)}])
         if kind == "started":
             return self._started(prompt, message.started)
@@ -208,6 +211,10 @@ class ChunkEncoder(StreamEncoder):
     @abstractmethod
     def _last_choice(self, index: int) -> dict[str, Any]:
         """A choice in the chunk of its finish reason."""
+
+    def _last_logprobs(self, index: int, finished: pb.Finished) -> dict[str, Any] | None:  # noqa: ARG002
+        """Log-probabilities in the chunk of its finish reason; of legacy completions alone."""
+        return None
 
     @abstractmethod
     def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:

@@ -38,9 +38,9 @@ class ChoiceOutput:
         return self._stops.matched
 
     @property
-    def withheld_token_ids(self) -> tuple[int, ...]:
+    def withheld(self) -> tuple[Token, ...]:
         """The last tokens, which are not given out; after the end, those of which a stop sequence takes a part."""
-        return tuple(token.token_id for _, token in self._tokens)
+        return tuple(token for _, token in self._tokens)
 
     @property
     def num_decoded(self) -> int:

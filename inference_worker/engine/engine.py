@@ -331,7 +331,7 @@ class Engine:
         self._generated_tokens += 1
         stopping = live.request.stopping
         if token.token_id in stopping.stop_token_ids:
-            self._finish(live, sequence, FinishReason.STOP, stop_token_id=token.token_id)
+            self._finish(live, sequence, FinishReason.STOP, stop_token=token)
             return
         if sequence.grammar is not None:
             sequence.grammar.accept(token.token_id)
@@ -350,7 +350,7 @@ class Engine:
         live: LiveRequest,
         sequence: Sequence,
         reason: FinishReason,
-        stop_token_id: int | None = None,
+        stop_token: Token | None = None,
     ) -> None:
         """End one choice: the rest of its text, its footer, and its blocks."""
         sequence.output.flush()
@@ -361,14 +361,14 @@ class Engine:
             reason = FinishReason.STOP_SEQUENCE
         live.sequences.remove(sequence)
         self._scheduler.finish(sequence)
-        stop_token_ids = () if stop_token_id is None else (stop_token_id,)
+        ending = () if stop_token is None else (stop_token,)
         footer = Finished(
             sequence.choice_index,
             reason,
             stop_sequence,
-            stop_token_id,
+            None if stop_token is None else stop_token.token_id,
             completion_tokens=sequence.num_completion_tokens,
-            withheld_token_ids=sequence.output.withheld_token_ids + stop_token_ids,
+            withheld=sequence.output.withheld + ending,
         )
         self._emit_finished(live, footer)
 

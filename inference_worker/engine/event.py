@@ -91,7 +91,7 @@ class Finished:
     usage: Usage | None = None
     timings: Timings | None = None
     completion_tokens: int = 0  # of this choice, those that ended it included
-    withheld_token_ids: tuple[int, ...] = ()  # its last tokens, which no delta carries
+    withheld: tuple[Token, ...] = ()  # its last tokens, which no delta carries
 
 
 class Expired(Exception):

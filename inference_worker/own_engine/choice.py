@@ -32,7 +32,7 @@ class Choice:
         self.index = index
         self.output = ChoiceOutput(index, self._decoder, live.stop_strings)
         self.reason: FinishReason | None = None  # set once it has ended
-        self.stop_token_id: int | None = None
+        self.stop_token: Token | None = None
 
     def push(self, piece: Piece) -> None:
         """Add a piece. What stands behind the end of the choice is left out. Raises: BadPiece."""
@@ -59,7 +59,7 @@ class Choice:
         self._live.num_completion_tokens += 1
         stopping = self._live.request.stopping
         if token.token_id in stopping.stop_token_ids and text is None:
-            self.reason, self.stop_token_id = FinishReason.STOP, token.token_id
+            self.reason, self.stop_token = FinishReason.STOP, token
             return
         self._decoder.given.append(text)
         self.output.push(token)

@@ -287,14 +287,14 @@ class OwnEngineThread:
             stop = choice.output.stop_sequence
             if stop is not None:  # it may have come with the flushed rest
                 reason = FinishReason.STOP_SEQUENCE
-            ending = () if choice.stop_token_id is None else (choice.stop_token_id,)
+            token = choice.stop_token
             footer = Finished(
                 index,
                 reason,
                 stop,
-                None if stop else choice.stop_token_id,
+                None if stop or token is None else token.token_id,
                 completion_tokens=choice.num_tokens,
-                withheld_token_ids=choice.output.withheld_token_ids + ending,
+                withheld=choice.output.withheld + (() if token is None else (token,)),
             )
         live = running.live
         live.num_choices_left -= 1

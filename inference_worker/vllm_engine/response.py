@@ -77,6 +77,7 @@ class AnswerWriter:
             raise Interrupted  # a caller may ask another worker; an answer would be final
         choice = self._choice(finished.choice_index)
         choice.token_ids += finished.withheld_token_ids
+        choice.logprobs += finished.withheld_logprobs
         if finished.HasField("usage"):
             self._cached_tokens = finished.usage.cached_tokens
         if self._is_streamed and (finished.withheld_token_ids or choice.prompt_logprobs):

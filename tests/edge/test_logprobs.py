@@ -112,6 +112,40 @@ async def test_echo_as_evaluation_harnesses_want_it(
     assert whole["usage"]["completion_tokens"] == 1
 
 
+@pytest.mark.parametrize("stops_at_token", [True, False])
+async def test_the_stop_token_is_scored_and_no_text(
+    http: httpx.AsyncClient, worker: ScriptedWorker, stops_at_token: bool
+) -> None:
+    withheld = [entry(b"<end>", -0.5, candidate(b"<end>", -0.5))]
+    ending = {"stop_token_id": 2} if stops_at_token else {"stop_sequence": "<end>"}
+
+    async def script(call: ScriptedCall) -> None:
+        await call.started()
+        await call.delta("Yes", logprobs=[entry(b"Yes", -0.25)])
+        await call.finished(completion_tokens=2, withheld_logprobs=withheld, **ending)
+
+    worker.script = script
+    body: dict[str, object] = {"prompt": "x", "logprobs": 1}
+    lists: dict[str, list[object]] = {
+        "tokens": ["Yes", "<end>"],
+        "token_logprobs": [-0.25, -0.5],
+        "top_logprobs": [{"Yes": -0.25}, {"<end>": -0.5}],
+        "text_offset": [0, 3],
+    }
+    if not stops_at_token:  # the text is cut there, perhaps inside a token
+        lists = {name: values[:1] for name, values in lists.items()}
+    (choice,) = (await http.post("/v1/completions", json=body)).json()["choices"]
+    assert (choice["text"], choice["logprobs"]) == ("Yes", lists)
+    response = await http.post("/v1/completions", json=body | {"stream": True})
+    streamed = [chunk["choices"][0]["logprobs"] or {} for chunk in openai_chunks(response.content)]
+    joined = {name: [x for each in streamed for x in each.get(name, [])] for name in lists}
+    assert joined == lists
+    # a chat has it in neither
+    body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    (choice,) = (await http.post("/v1/chat/completions", json=body)).json()["choices"]
+    assert [item["token"] for item in choice["logprobs"]["content"]] == ["Yes"]
+
+
 @pytest.mark.parametrize("logprob", [-math.inf, math.nan])
 async def test_what_json_cannot_say_is_the_lowest_and_no_null(
     http: httpx.AsyncClient, worker: ScriptedWorker, logprob: float

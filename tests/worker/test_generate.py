@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -59,9 +60,9 @@ async def test_the_creation_time_is_that_of_admission(monkeypatch: pytest.Monkey
     async with serve_script() as worker:
         encode = worker.served.tokenizer.encode
 
-        def note_time(text: str) -> list[int]:
+        def note_time(text: str, **options: Any) -> list[int]:
             tokenized_at.append(time.time_ns())
-            return encode(text)
+            return encode(text, **options)
 
         monkeypatch.setattr(worker.served.tokenizer, "encode", note_time)
         messages = await worker.generate()
@@ -150,7 +151,7 @@ async def test_stop_sequences_and_stop_tokens_end_a_choice() -> None:
 async def test_deltas_and_footer_together_have_every_token(stopping: pb.Stopping) -> None:
     async with serve_script(text=TEXT, repeats=1) as worker:
         script = await worker.stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=TEXT)))
-        output = pb.Output(token_ids=True)
+        output = pb.Output(token_ids=True, logprobs=0)
         messages = await worker.generate(stopping=stopping, output=output, max_tokens=100)
         silent = await worker.generate(stopping=stopping, max_tokens=100)
         eos_token_ids = (await worker.stub.GetModel(pb.GetModelRequest())).eos_token_ids
@@ -161,7 +162,10 @@ async def test_deltas_and_footer_together_have_every_token(stopping: pb.Stopping
     assert ids == ended[: footer.completion_tokens]
     withholds = footer.finish_reason != pb.FINISH_REASON_LENGTH
     assert bool(footer.withheld_token_ids) == withholds
+    scored = [logprob.token.token_id for logprob in footer.withheld_logprobs]
+    assert scored == list(footer.withheld_token_ids)
     assert not silent[-1].finished.withheld_token_ids
+    assert not silent[-1].finished.withheld_logprobs
 
 
 async def test_ignore_eos_goes_on() -> None:

@@ -1211,6 +1211,7 @@ class Finished(google.protobuf.message.Message):
     TIMINGS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     WITHHELD_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    WITHHELD_LOGPROBS_FIELD_NUMBER: builtins.int
     choice_index: builtins.int
     """Which choice, from 0."""
     finish_reason: Global___FinishReason.ValueType
@@ -1235,6 +1236,10 @@ class Finished(google.protobuf.message.Message):
         those from which the stop sequence takes anything; the first of these may have text before it, which was sent.
         """
 
+    @property
+    def withheld_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One for each of those tokens, if output.logprobs asked for them."""
+
     def __init__(
         self,
         *,
@@ -1246,9 +1251,10 @@ class Finished(google.protobuf.message.Message):
         timings: Global___Timings | None = ...,
         completion_tokens: builtins.int = ...,
         withheld_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        withheld_logprobs: collections.abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage", "withheld_token_ids", b"withheld_token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice_index", b"choice_index", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "matched", b"matched", "stop_sequence", b"stop_sequence", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage", "withheld_logprobs", b"withheld_logprobs", "withheld_token_ids", b"withheld_token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["matched", b"matched"]) -> typing.Literal["stop_sequence", "stop_token_id"] | None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
