@@ -144,7 +144,7 @@ class Interrupted(SluiceError):
 
 
 class EngineLost(SluiceError):
-    """The engine crashed, and the worker is about to end."""
+    """The engine crashed or hangs, and the worker is about to end: another one can go on."""
 
     retry_after = 1.0
 

@@ -52,11 +52,13 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._watchers.add(changed)
         told = None
         try:
-            while not self._is_closed:
+            while True:
                 status = self._status_of(request.service)
                 if status != told:
                     told = status
                     await context.write(health_pb2.HealthCheckResponse(status=status))
+                if self._is_closed:  # only now: the last change is told, too
+                    return
                 await changed.wait()
                 changed.clear()
         finally:

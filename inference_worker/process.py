@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -18,6 +19,7 @@ from inference_worker.request_log import configure_logging, flush_log, get_logge
 from inference_worker.served_model import Served
 from inference_worker.server import AddressUnusable, Server
 from inference_worker.settings import WorkerSettings
+from inference_worker.step_watchdog import EngineHangs
 from inference_worker.worker import Worker
 
 PROGRAM: Final = "inference_worker"
@@ -58,7 +60,7 @@ class _Process:
         self._load_model = load_model
         self._stopping = asyncio.Event()  # a signal came, or the engine crashed
         self._is_ready = False
-        self._has_crashed = False
+        self._crashed = asyncio.Event()
         self._metrics = WorkerMetrics()
         self._metrics_server = MetricsServer(self._metrics.registry)
 
@@ -84,9 +86,10 @@ class _Process:
         # What is there now stays: a full collection that looks through all of torch takes some 200 ms.
         gc.collect()
         gc.freeze()
-        self._tell_ready(server, served, worker)
-        await self._stopping.wait()
-        return await self._stop(server, worker)
+        with worker.watch_engine(lambda error, stack: self._on_hang(worker, error, stack)):
+            self._tell_ready(server, served, worker)
+            await self._stopping.wait()
+            return await self._stop(server, worker)
 
     def _serve_metrics(self) -> None:
         """From now on: how the loading goes is worth knowing too. Raises: AddressUnusable."""
@@ -132,8 +135,12 @@ class _Process:
 
     async def _stop(self, server: Server, worker: Worker) -> int:
         server.set_not_serving()
+        if self._settings.unready_seconds and not self._crashed.is_set():
+            get_logger().info("not ready", seconds=self._settings.unready_seconds)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._crashed.wait(), self._settings.unready_seconds)
         worker.stop_admitting()
-        if self._has_crashed:
+        if self._crashed.is_set():
             await server.stop()  # the streams have failed; nothing can be finished
             return _EXIT_FAILURE
         get_logger().info("draining", seconds=self._settings.drain_seconds)
@@ -148,7 +155,7 @@ class _Process:
         return self._exit_code()
 
     def _exit_code(self) -> int:
-        if self._has_crashed:  # while draining
+        if self._crashed.is_set():  # while draining
             return _EXIT_FAILURE
         get_logger().info("stopped")
         return 0
@@ -164,7 +171,15 @@ class _Process:
 
     def _on_crash(self, error: BaseException) -> None:
         get_logger().critical("the engine crashed", exc_info=error)
-        self._has_crashed = True
+        self._give_up()
+
+    def _on_hang(self, worker: Worker, error: EngineHangs, stack: str) -> None:
+        get_logger().critical("the engine hangs", reason=str(error), stack=stack)
+        worker.give_up()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._crashed.set()
         self._stopping.set()
 
 

@@ -14,6 +14,8 @@ _OUTCOMES = {
     "ABORTED": "slow_reader",
     "INTERNAL": "failed",
 }
+# The reasons of UNAVAILABLE that are no refusals.
+_REASONS = {"ENGINE_LOST": "failed", "SHUTDOWN": "shutdown"}
 
 
 class RequestMetrics:
@@ -44,8 +46,8 @@ class RequestMetrics:
             outcome = "aborted"
             if finish is not None and finish is not FinishReason.CANCELLED:
                 outcome = finish.name.lower()
-        elif reason == "ENGINE_LOST":
-            outcome = "failed"
+        elif reason in _REASONS:
+            outcome = _REASONS[reason]
         self._metrics.ended(outcome, time.monotonic() - self._began_at)
         if outcome == "refused" and reason is not None:
             self._metrics.refused(reason.lower())

@@ -7,6 +7,7 @@ It takes the flags of `python -m inference_worker` and its own; --model names th
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -65,6 +66,12 @@ class ScriptedSettings(WorkerSettings):
         json_schema_extra=unit("seed"),
     )
 
+    hanging_seed: int | None = Field(
+        None,
+        description="A step with a request of this seed never ends, at the request's second token.",
+        json_schema_extra=unit("seed"),
+    )
+
 
 class ScriptedFailure(Exception):
     """The failure that was asked for."""
@@ -109,6 +116,8 @@ class ScriptedRunner(SynchronousRunner):
             return RowOutput(error=ScriptedFailure("the script fails here"))
         if position == 1 and request.sampling.seed == self._settings.crashing_seed:
             raise ScriptedCrash("the script crashes here")
+        if position == 1 and request.sampling.seed == self._settings.hanging_seed:
+            threading.Event().wait()
         return RowOutput(token=self._token(self._draw(position), row), prompt_logprobs=scores)
 
     def _draw(self, position: int) -> int:

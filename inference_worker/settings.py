@@ -117,6 +117,14 @@ class WorkerSettings(BaseSettings):
         description="Tokens in one block of the KV cache.",
         json_schema_extra=unit("tokens"),
     )
+    step_timeout_seconds: float = Field(
+        120,
+        gt=0,
+        description="A step of the engine that takes longer hangs: every stream is told, the stack of the engine's "
+        "thread is logged, and the process ends with 1. An engine of your own hangs when its event loop does not turn "
+        "for so long. More for a large model on a slow processor.",
+        json_schema_extra=unit("seconds"),
+    )
     kv_cache_mib: int | None = Field(
         None,
         ge=1,
@@ -353,6 +361,14 @@ class WorkerSettings(BaseSettings):
         60,
         gt=0,
         description="A stream that its caller did not read for this long is ended, and its memory freed.",
+        json_schema_extra=unit("seconds"),
+    )
+    unready_seconds: float = Field(
+        0,
+        ge=0,
+        le=600,
+        description="Time between telling health checks that the worker stops and refusing new work, for callers that "
+        "only ask now and then to notice.",
         json_schema_extra=unit("seconds"),
     )
     drain_seconds: float = Field(

@@ -35,6 +35,7 @@ from inference_worker.request_log import RequestRecord, get_logger
 from inference_worker.request_metrics import RequestMetrics
 from inference_worker.served_model import Served
 from inference_worker.settings import WorkerSettings
+from inference_worker.step_watchdog import EngineHangs, StepWatchdog
 from protos.sluice.v1 import generation_pb2 as pb
 
 T = TypeVar("T")
@@ -137,6 +138,14 @@ class Worker:
             self._registry.end_all(FinishReason.SHUTDOWN)
             await self._registry.wait_empty(_SHUTDOWN_SECONDS)
         await self._kept.wait_unread(_SHUTDOWN_SECONDS)
+
+    def watch_engine(self, on_hang: Callable[[EngineHangs, str], None]) -> StepWatchdog:
+        """Look after the engine, for the length of a block. `on_hang` gets the stack of its thread."""
+        return StepWatchdog(self._engine, self._settings.step_timeout_seconds, on_hang)
+
+    def give_up(self) -> None:
+        """End every stream with EngineLost: the engine hangs."""
+        self._engine.fail()
 
     async def close(self) -> None:
         """End the engine and release the model's memory."""

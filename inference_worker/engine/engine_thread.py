@@ -43,6 +43,8 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._streams = EventStreams()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = 0
+        self._is_idle = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -84,6 +86,19 @@ class EngineThread:
         else:
             self._commands.put(lambda engine: engine.cancel(request, reason))
 
+    def progress(self) -> int | None:
+        """The number of the turn it is in; None while it waits for commands."""
+        return None if self._is_idle or not self._thread.is_alive() else self._turn
+
+    @property
+    def thread_id(self) -> int | None:
+        """The engine's thread."""
+        return self._thread.ident
+
+    def fail(self) -> None:
+        """Give the engine up: every stream gets Failed with EngineStopped, and nothing more."""
+        self._streams.fail_all(EngineStopped())
+
     async def stop(self) -> None:
         """End every request with SHUTDOWN, then the thread."""
         if self._thread.is_alive():
@@ -109,11 +124,14 @@ class EngineThread:
     def _drain(self) -> bool:
         """Execute the commands posted so far, waiting for one if there is nothing else to do. False: stop."""
         is_idle = not self._engine.has_work
+        self._turn += 1
         while True:
             try:
+                self._is_idle = is_idle
                 command = self._commands.get(block=is_idle)
             except queue.Empty:
                 return True
+            self._is_idle = False
             if command is None:
                 return False
             command(self._engine)
@@ -145,5 +163,5 @@ class EngineThread:
             self._loop.call_soon_threadsafe(callback, argument)
 
     def _crash(self, error: BaseException) -> None:
-        self._streams.fail_all(EngineStopped())
+        self.fail()
         self._on_crash(error)

@@ -110,7 +110,7 @@ class Interrupted(Exception):
 
 
 class EngineStopped(Exception):
-    """Of Failed: the engine crashed, and every request in it failed."""
+    """Of Failed: the engine crashed or hangs, and every request in it failed."""
 
 
 Event = Started | Scheduled | Delta | Finished | Failed

@@ -41,6 +41,19 @@ class ServingEngine(Protocol):
         """
         ...
 
+    def progress(self) -> int | None:
+        """What differs from call to call, seconds apart, as long as it gets on; None while there is nothing to do."""
+        ...
+
+    @property
+    def thread_id(self) -> int | None:
+        """The thread that generates."""
+        ...
+
+    def fail(self) -> None:
+        """Give it up: every stream gets Failed with EngineStopped, and nothing more."""
+        ...
+
     async def stop(self) -> None:
         """End every request with SHUTDOWN, and release everything."""
         ...

@@ -30,6 +30,11 @@ class LoopThread:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def id(self) -> int | None:
+        """Of the thread."""
+        return self._thread.ident
+
     def watch(self, on_end: Callable[[BaseException | None], None]) -> None:
         """From now on `on_end` is called, on this thread, if the loop ends by itself."""
         self._on_end = on_end

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from inference_worker.tokenizer import Tokenizer
 
 _SEED_BITS: Final = 63
+# For the engine's code to end what it has, and then to close, at the shutdown.
+_END_SECONDS: Final = 2.0
+_CLOSE_SECONDS: Final = 6.0
 
 
 class OwnEngineFailed(Exception):
@@ -103,6 +106,8 @@ class OwnEngineThread:
         self._running = self._waiting = 0  # sequences
         self._num_pieces = self._num_tokens = self._num_prompt_tokens = 0
         self._load = self._measure()
+        # --- of the serving loop: questions whether the engine's loop still turns, and its answers
+        self._num_asked = self._num_answered = 0
 
     @property
     def load(self) -> Load:
@@ -127,13 +132,31 @@ class OwnEngineThread:
             self._streams.drop(request)
         self._thread.call(self._cancel, request, reason, time.monotonic())
 
+    def progress(self) -> int:
+        """How often the engine's loop answered that it turns."""
+        if self._num_asked == self._num_answered:
+            self._num_asked += 1
+            self._thread.call(self._answer)
+        return self._num_answered
+
+    @property
+    def thread_id(self) -> int | None:
+        return self._thread.id
+
+    def fail(self) -> None:
+        self._streams.fail_all(EngineStopped())
+
     async def stop(self) -> None:
+        """As the protocol has it, for as long as _END_SECONDS and _CLOSE_SECONDS, unless the engine's code blocks."""
         if self._thread.is_alive:
             await asyncio.wrap_future(self._thread.run(self._shut_down))
             await self._thread.stop()
             await asyncio.sleep(0)  # what the thread handed over last is delivered
 
     # --- on the engine's own loop
+
+    def _answer(self) -> None:
+        self._num_answered = self._num_asked
 
     def _add(self, request: Request) -> None:
         running = self._inside[request.key] = _Running(LiveRequest(request))
@@ -179,11 +202,16 @@ class OwnEngineThread:
     async def _shut_down(self) -> None:
         for running in list(self._inside.values()):
             self._cancel(running.live.request, FinishReason.SHUTDOWN)
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        if self._tasks:
+            get_logger().error("the engine's code does not end", tasks=len(self._tasks))
         self._hand_over()
         try:
-            await self._engine.close()
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._engine.close()
         except Exception as error:
             get_logger().error("the engine's close failed", exc_info=error)
 
@@ -381,7 +409,7 @@ class OwnEngineThread:
             self._loop.call_soon_threadsafe(callback, argument)
 
     def _crash(self, error: BaseException) -> None:
-        self._streams.fail_all(EngineStopped())
+        self.fail()
         self._on_crash(error)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -106,6 +108,16 @@ class Obedient:
     async def _block(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
         time.sleep(0.6)  # noqa: ASYNC251 - what one should not do
         yield "done"
+
+    async def _hang(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
+        yield "so far "
+        threading.Event().wait()
+
+    async def _deaf(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
+        yield "so far "
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
 
     async def _raise(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
         yield "so far "

@@ -90,4 +90,4 @@ async def test_a_crash_of_the_engine_fails_every_stream() -> None:
             assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         assert len(worker.crashes) == 1
         refusal = await refusal_of(worker.stub.Generate(generate_request()))
-        assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_LOST")

@@ -333,7 +333,7 @@ async def test_an_engine_whose_loop_ends_crashes_the_worker() -> None:
         refusal = await refusal_of(
             own.stub.Generate(generate_request(text="collapse", max_tokens=50))
         )
-        assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_LOST")
         (crash,) = own.served.crashes
         assert isinstance(crash, SystemExit)
 

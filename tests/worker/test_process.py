@@ -61,6 +61,22 @@ async def test_a_signal_drains(number: signal.Signals, tmp_path: Path) -> None:
         assert await worker.process.stderr.read() == b""  # type: ignore[union-attr]
 
 
+async def test_health_says_so_before_work_is_refused() -> None:
+    async with (
+        ready_worker("--step-milliseconds", "10", "--unready-seconds", "600") as worker,
+        grpc.aio.insecure_channel(worker.address) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        worker.send(signal.SIGTERM)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert reasons(await read_rest(stub.Generate(generate_request()))) == ["LENGTH"]
+        assert not (await stub.GetLoad(pb.GetLoadRequest())).is_draining
+        worker.send(signal.SIGTERM)  # the second one
+        assert await worker.wait() == 128 + signal.SIGTERM
+
+
 async def test_streams_that_take_too_long_end_with_shutdown() -> None:
     async with (
         ready_worker("--step-milliseconds", "10", "--drain-seconds", "0.2") as worker,
@@ -105,7 +121,7 @@ SLOW_TOKENIZER = textwrap.dedent("""
 
     def load(settings):
         served = load_script(settings)
-        served.tokenizer.encode = lambda text: time.sleep(100)
+        served.tokenizer.encode = lambda text, **_: time.sleep(100)
         return served
 
     run(read_settings(ScriptedSettings, "slow", sys.argv[1:]), load)
@@ -154,7 +170,8 @@ async def test_a_crash_of_the_engine_ends_the_process() -> None:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         request = generate_request(sampling=pb.Sampling(seed=13), max_tokens=9)
         refusal = await refusal_of(stub.Generate(request))
-        assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_LOST")
+        assert 1 <= refusal.retry_seconds <= 5
         assert await worker.wait() == 1
         assert "draining" not in worker.events()  # there is nothing to wait for
         assert "the engine crashed" in worker.events()
