@@ -86,12 +86,30 @@ class GenerateEndpoint:
                 )
                 await stream.run(generation, self._workers)
             else:
-                body = await self._collect(generation, parsed.collector(), record)
+                body = await self._collect_or_abort(parsed, generation, record)
                 response = Response(body, media_type="application/json")
                 await response(scope, receive, send)
         finally:
             generation.cancel()
             record.fields |= generation.summary()
+
+    async def _collect_or_abort(
+        self, parsed: ParsedRequest, generation: Generation, record: RequestRecord
+    ) -> bytes:
+        try:
+            return await self._collect(generation, parsed.collector(), record)
+        except (ClientGoneError, EdgeError) as error:
+            if isinstance(error, ClientGoneError) or error.is_resumable:
+                await self._abort(parsed)
+            raise
+
+    async def _abort(self, parsed: ParsedRequest) -> None:
+        """Ends generations that would outlive their call, when nobody has heard the names to resume them by."""
+        for request in parsed.requests:
+            if request.HasField("resume_window"):
+                caller = request.caller if request.HasField("caller") else None
+                with contextlib.suppress(EdgeError):
+                    await self._workers.abort(request.request_id, caller)
 
     async def _collect(
         self, generation: Generation, collector: Collector, record: RequestRecord

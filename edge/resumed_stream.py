@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from edge.errors import STREAM_NOT_FOUND, EdgeError, is_lost
+from edge.request_timeout import seconds_of
 from edge.worker_client import GenerateCall, error_from_call
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -44,7 +45,10 @@ class ResumedStream:
     async def _find(self) -> pb.GenerateResponse | None:
         """The first message, from the one worker that has the stream."""
         clients = await self._workers.reachable()
-        seconds = self._workers.settings.request_timeout_seconds
+        seconds = min(self._workers.settings.request_timeout_seconds, seconds_of(self._request))
+        self._request.ClearField(
+            "timeout"
+        )  # of this call; the generation has a deadline of its own
         calls = [client.generate(self._request, seconds) for client in clients]
         self._calls = {asyncio.ensure_future(_read(call)): call for call in calls}
         try:

@@ -14,12 +14,11 @@ from edge.dialects import (
     openai_chat,
     openai_chat_schema,
     openai_completions,
-    responses,
     responses_answer_schema,
+    responses_endpoints,
     responses_schema,
 )
 from edge.dialects.dialect import ParsedRequest, PromptLimits
-from edge.dialects.responses_endpoints import ResponsesEndpoints
 from edge.dialects.tgi_endpoints import TgiEndpoints
 from edge.dialects.triton_endpoints import TritonEndpoints
 from edge.drain import Drain
@@ -81,7 +80,7 @@ def operations(
             shape.ModelObject,
             (404, 500, 503, 504),
         ),
-        *_responses_operations(generate, ResponsesEndpoints(workers)),
+        *_responses_operations(generate, responses_endpoints.ResponsesEndpoints(workers)),
         *_native_operations(generate, info),
         *_anthropic_operations(generate, anthropic.CountTokens(workers, PromptLimits.of(settings))),
         *tgi.operations(generate, TgiEndpoints(workers, PromptLimits.of(settings))),
@@ -100,17 +99,31 @@ def operations(
     ]
 
 
-def _responses_operations(generate: Generate, endpoints: ResponsesEndpoints) -> list[Operation]:
+def _responses_operations(
+    generate: Generate, endpoints: responses_endpoints.ResponsesEndpoints
+) -> list[Operation]:
     shape = responses_answer_schema
     return [
         Operation(
             "POST",
             "/v1/responses",
-            generate(from_body(responses.parse)),
+            generate(endpoints.parse),
             "Answers a conversation, as OpenAI's Responses do.",
             shape.ResponsesAnswer,
             GENERATE_ERRORS,
             body=responses_schema.ResponsesRequest,
+            events=dict(shape.EVENTS),
+        ),
+        Operation(
+            "GET",
+            "/v1/responses/{response_id}",
+            responses_endpoints.Retrieval(
+                endpoints, generate(endpoints.parse_events, responses_endpoints.refuse)
+            ),
+            "A response that is kept: what there is of it, or its events, also those to come.",
+            shape.ResponsesAnswer,
+            GENERATE_ERRORS,
+            query=responses_endpoints.RetrieveQuery,
             events=dict(shape.EVENTS),
         ),
         Operation(

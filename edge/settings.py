@@ -189,8 +189,8 @@ class EdgeSettings(BaseSettings):
         30,
         ge=0,
         le=86400,
-        description="How long a stream of GET /v1/streams may be resumed after its reader went away, and after its"
-        " end, where the request does not say; 0 is not at all. Each worker has a limit of its own.",
+        description="How long a stream may be resumed after its reader went away, and after its end, where the"
+        " request does not say: GET /v1/streams and /v1/responses. 0 is not at all. Workers have limits of their own.",
         json_schema_extra=unit("seconds"),
     )
     request_timeout_seconds: float = Field(

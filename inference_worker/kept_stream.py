@@ -28,6 +28,9 @@ class ResumeTerms:
     key_id: str  # empty where there are no keys
     tag: str | None
     annotation: bytes
+    sends_token_ids: bool = (
+        True  # also to those who resume it; else only a caller that may continue it gets them
+    )
     # Of a stream that another worker began:
     resume_id: str | None = None  # its name there
     header_number: int | None = None  # of the header here; there it was another message's
@@ -125,7 +128,7 @@ class KeptStream:
                     self._is_begun = True
                     number += 1
                     reader.move(number)
-                    yield self._annotated(message) if is_resumed else message
+                    yield self._resumed(message) if is_resumed else message
                     reader.check()
                 if self.is_over:
                     break
@@ -141,7 +144,7 @@ class KeptStream:
         for there in range(number, self.replay.end):
             if (message := self.replay.read(there)) is None:  # joined meanwhile
                 break
-            yield self._annotated(message)
+            yield self._resumed(message)
         if is_over and self._error is not None:
             raise self._error
 
@@ -150,7 +153,10 @@ class KeptStream:
         if self._reader is not None:
             await self._reader.left.wait()
 
-    def _annotated(self, message: pb.GenerateResponse) -> pb.GenerateResponse:
+    def _resumed(self, message: pb.GenerateResponse) -> pb.GenerateResponse:
+        """A message as one who resumes it gets it."""
+        if message.HasField("delta") and not self.terms.sends_token_ids:
+            message.delta.ClearField("token_ids")
         if message.HasField("started") and self.terms.annotation:
             message.started.annotation = self.terms.annotation
         return message

@@ -159,6 +159,7 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
         key_id=message.caller.key_id,
         tag=message.resume_tag if message.HasField("resume_tag") else None,
         annotation=message.annotation,
+        sends_token_ids=message.output.token_ids,
         resume_id=resume_id,
         header_number=(
             continuation.sequence_number if continuation.HasField("sequence_number") else None

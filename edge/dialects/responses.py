@@ -1,35 +1,45 @@
 """OpenAI's POST /v1/responses."""
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-from edge.dialects.common import field_names, shown_float
+from edge.dialects.common import field_names, window_message
 from edge.dialects.constraint import JsonObjectFormat, of_schema
 from edge.dialects.dialect import ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.openai_schema import TOOL_CHOICE_MODES
-from edge.dialects.openai_wire import finish_reason
+from edge.dialects.responses_annotation import MAX_BYTES, Annotation
 from edge.dialects.responses_input import Conversation
-from edge.dialects.responses_output import COMPLETED, IN_PROGRESS, INCOMPLETE, Event, Output
+from edge.dialects.responses_output import IN_PROGRESS, Event
 from edge.dialects.responses_schema import (
     ResponsesJsonSchema,
     ResponsesRequest,
     ResponsesToolChoice,
 )
+from edge.dialects.responses_state import ResponseState
 from edge.dialects.schema import validate
 from edge.errors import EdgeError
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
-_CANCELLED: Final = 499  # the status of a generation that was aborted from elsewhere
+
+def read(body: Mapping[str, Any]) -> ResponsesRequest:
+    """The body. Raises a 400 for a bad one."""
+    return validate(ResponsesRequest, body)
 
 
-def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
-    """A request in the contract's words."""
-    request = validate(ResponsesRequest, body)
+def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
+    """A request in the contract's words, where nothing comes before it."""
+    return build(read(body), limits)
+
+
+def build(
+    request: ResponsesRequest, limits: PromptLimits, before: Sequence[pb.ChatMessage] = ()
+) -> ParsedRequest:
+    """A request in the contract's words, which goes on with the conversation `before`."""
     response_id = f"resp_{uuid.uuid4().hex}"
-    conversation = Conversation(request.instructions, request.input)
+    conversation = Conversation(request.instructions, request.input, before)
     message = pb.GenerateRequest(
         request_id=response_id,
         model=request.model,
@@ -39,6 +49,8 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
         constraint=_constraint(request),
     )
     echo = _echo(request)
+    if request.store is not False:
+        _keep(message, echo, conversation, limits.resume_window_seconds)
     return ParsedRequest(
         response_id,
         [message],
@@ -61,6 +73,17 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
             }
         ),
     )
+
+
+def _keep(
+    message: pb.GenerateRequest, echo: dict[str, Any], conversation: Conversation, window: float
+) -> None:
+    """Has the worker keep the response. One too large for that is not stored, and says so in its `store`."""
+    annotation = Annotation(echo, conversation.without_instructions).pack()
+    duration = window_message(window)
+    if duration is not None and len(annotation) <= MAX_BYTES:
+        message.resume_window.CopyFrom(duration)
+        message.annotation = annotation
 
 
 def _chat(request: ResponsesRequest, conversation: Conversation) -> pb.Chat:
@@ -102,12 +125,11 @@ def _echo(request: ResponsesRequest) -> dict[str, Any]:
         "max_output_tokens": request.max_output_tokens,
         "metadata": request.metadata or {},
         "parallel_tool_calls": is_parallel,
-        "previous_response_id": None,
+        "previous_response_id": request.previous_response_id,
         "reasoning": {
             "effort": None if reasoning is None else reasoning.effort,
             "summary": None if reasoning is None else reasoning.summary,
         },
-        "store": False,
         "text": {
             "format": {"type": "text"}
             if given is None
@@ -121,100 +143,35 @@ def _echo(request: ResponsesRequest) -> dict[str, Any]:
     }
 
 
-class _Response:
-    """The response object, as far as it is known."""
-
-    def __init__(self, response_id: str, echo: dict[str, Any]) -> None:
-        self._id = response_id
-        self._echo = echo
-        self._started = pb.Started()
-        self._usage: dict[str, Any] | None = None
-        self.output = Output(response_id)
-        self.status = IN_PROGRESS
-        self._error: dict[str, str] | None = None
-
-    @property
-    def is_started(self) -> bool:
-        """Whether the worker has admitted the request."""
-        return bool(self._started.request_id)
-
-    def start(self, started: pb.Started) -> None:
-        """Takes what the worker said of the request."""
-        self._started = started
-
-    def finish(self, finished: pb.Finished) -> list[Event]:
-        """The events of the output's end; raises where that is no success."""
-        is_cut = finish_reason(finished) == "length"
-        self.status = INCOMPLETE if is_cut else COMPLETED
-        usage = finished.usage
-        self._usage = {
-            "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-            "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": self.output.reasoning_tokens},
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        }
-        return self.output.end(self.status)
-
-    def fail(self, error: EdgeError) -> None:
-        """Takes the reason why nothing more comes."""
-        self.output.break_off()
-        self.status = "cancelled" if error.status == _CANCELLED else "failed"
-        # the closest of OpenAI's codes
-        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        self._error = {"code": code, "message": error.message}
-
-    def as_json(self) -> dict[str, Any]:
-        """The object."""
-        is_cut = self.status == INCOMPLETE
-        return {
-            "id": self._id,
-            "object": "response",
-            "created_at": self._started.created_at.seconds,
-            "status": self.status,
-            "error": self._error,
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "model": self._started.model,
-            "output": self.output.as_json(),
-            "temperature": shown_float(self._started.sampling.temperature),
-            "top_p": shown_float(self._started.sampling.top_p),
-            "usage": self._usage,
-            **self._echo,
-        }
-
-
 class ResponsesEncoder(StreamEncoder):
     """Messages to OpenAI's typed events."""
 
-    def __init__(self, response_id: str, echo: dict[str, Any]) -> None:
-        self._response = _Response(response_id, echo)
+    def __init__(self, response_id: str, echo: dict[str, Any], first: int = 0) -> None:
+        """`first` is the sequence number of the first event that is sent: the same messages give the same events."""
+        self._response = ResponseState(response_id, echo)
         self._sequence_number = 0
+        self._first = first
 
     def encode(self, prompt: int, message: pb.GenerateResponse) -> bytes:  # noqa: ARG002
         """The events of one message."""
-        match message.WhichOneof("event"):
-            case "delta":
-                return self._events(self._response.output.take(message.delta))
-            case "finished":
-                return self._events(self._response.finish(message.finished))
-            case "started":
-                self._response.start(message.started)
-                return self._events([self._whole("created"), self._whole(IN_PROGRESS)])
-            case _:
-                return b""
+        events = self._response.add(message)
+        if message.HasField("started"):
+            events = [self._whole("created"), self._whole(IN_PROGRESS)]
+        return self._events(events)
 
     def end(self) -> bytes:
         """The last event."""
         return self._events([self._whole(self._response.status)])
 
     def error(self, error: EdgeError) -> bytes:
-        """The events of a failure.
+        """The events of a failure: of the response, unless only this reader loses it.
 
         The second one makes OpenAI's SDKs raise, which read the first like any other; no response can fail that was
         not created before.
         """
         events = []
-        if self._response.is_started:
+        goes_on = self._response.is_stored and (error.is_resumable or error.code == "taken_over")
+        if self._response.is_started and not goes_on:
             self._response.fail(error)
             events.append(self._whole("failed"))
         told = error.body()["error"]
@@ -229,7 +186,10 @@ class ResponsesEncoder(StreamEncoder):
         for event in events:
             numbered = {**event, "sequence_number": self._sequence_number}
             self._sequence_number += 1
-            parts.append(f"event: {event['type']}\ndata: ".encode() + encode(numbered) + b"\n\n")
+            if numbered["sequence_number"] >= self._first:
+                parts.append(
+                    f"event: {event['type']}\ndata: ".encode() + encode(numbered) + b"\n\n"
+                )
         return b"".join(parts)
 
 
@@ -237,19 +197,11 @@ class ResponsesCollector:
     """Messages to one response."""
 
     def __init__(self, response_id: str, echo: dict[str, Any]) -> None:
-        self._response = _Response(response_id, echo)
+        self._response = ResponseState(response_id, echo)
 
     def add(self, prompt: int, message: pb.GenerateResponse) -> None:  # noqa: ARG002
         """Takes one message."""
-        match message.WhichOneof("event"):
-            case "delta":
-                self._response.output.take(message.delta)
-            case "finished":
-                self._response.finish(message.finished)
-            case "started":
-                self._response.start(message.started)
-            case _:
-                pass
+        self._response.add(message)
 
     def body(self) -> bytes:
         """The whole answer."""

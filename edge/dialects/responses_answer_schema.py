@@ -123,9 +123,9 @@ class ResponsesAnswer(ResponseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     parallel_tool_calls: bool
-    previous_response_id: None
+    previous_response_id: str | None
     reasoning: ResponsesReasoning
-    store: Literal[False]
+    store: bool = Field(description="Whether it may be retrieved, for the resume window.")
     text: ResponsesTextConfig
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice
     tools: list[ResponsesTool]
@@ -234,7 +234,7 @@ class ResponsesErrorEvent(ResponsesEvent):
 
 
 class ResponsesCancelled(ResponseModel):
-    """What a cancel did. Nothing of the response is kept."""
+    """What a cancel did."""
 
     id: str
     object: Literal["response"]

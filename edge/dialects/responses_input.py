@@ -21,18 +21,32 @@ class Conversation:
     of them, so what fits together in that order becomes one message.
     """
 
-    def __init__(self, instructions: str | None, items: str | Sequence[ResponsesItem]) -> None:
+    def __init__(
+        self,
+        instructions: str | None,
+        items: str | Sequence[ResponsesItem],
+        before: Sequence[pb.ChatMessage] = (),
+    ) -> None:
+        """`before` comes between the instructions and the items."""
         self.messages: list[pb.ChatMessage] = []
         # From the path of a message, or of a call in it, to the item's.
         self.names: dict[str, str] = {}
         self._answer: pb.ChatMessage | None = None
         if instructions is not None:
             self._add(pb.ChatMessage(role="system", content=instructions), "instructions")
+        self._num_instructions = len(self.messages)
+        for message in before:
+            self._add(message, "previous_response_id")
         if isinstance(items, str):
             self._add(pb.ChatMessage(role="user", content=items), "input")
             return
         for index, item in enumerate(items):
             self._take(item, f"input[{index}]")
+
+    @property
+    def without_instructions(self) -> Sequence[pb.ChatMessage]:
+        """The messages that a later response goes on with."""
+        return self.messages[self._num_instructions :]
 
     def _take(self, item: ResponsesItem, path: str) -> None:
         match item:

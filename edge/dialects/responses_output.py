@@ -53,6 +53,10 @@ class Item(ABC):
     def as_json(self) -> dict[str, Any]:
         """The item."""
 
+    @abstractmethod
+    def add_to(self, message: pb.ChatMessage) -> None:
+        """Adds it to an assistant's message."""
+
     def _item_event(self, what: str) -> Event:
         index = self._place["output_index"]
         return {
@@ -115,6 +119,10 @@ class MessageItem(PartItem):
             "content": self._content(),
         }
 
+    def add_to(self, message: pb.ChatMessage) -> None:
+        """Adds it to an assistant's message."""
+        message.content += self.text
+
 
 class ReasoningItem(PartItem):
     """What the model thought before it answered."""
@@ -132,6 +140,10 @@ class ReasoningItem(PartItem):
             "summary": [],
             "content": self._content(),
         }
+
+    def add_to(self, message: pb.ChatMessage) -> None:
+        """Adds it to an assistant's message."""
+        message.reasoning += self.text
 
 
 class CallItem(Item):
@@ -160,6 +172,10 @@ class CallItem(Item):
             "name": self._name,
             "arguments": self.text,
         }
+
+    def add_to(self, message: pb.ChatMessage) -> None:
+        """Adds it to an assistant's message."""
+        message.tool_calls.add(id=self._call_id, name=self._name, arguments=self.text)
 
 
 class Output:
@@ -203,6 +219,13 @@ class Output:
     def as_json(self) -> list[dict[str, Any]]:
         """The items."""
         return [item.as_json() for item in self._items]
+
+    def as_message(self) -> pb.ChatMessage:
+        """The items as a conversation has them."""
+        message = pb.ChatMessage(role="assistant")
+        for item in self._items:
+            item.add_to(message)
+        return message
 
     def _more(self, kind: type[PartItem], text: str) -> Iterator[Event]:
         if not isinstance(self._open, kind):

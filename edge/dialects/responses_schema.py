@@ -188,8 +188,17 @@ class ResponsesRequest(SamplingFields, StoppingFields):
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: ResponsesStreamOptions | None = None
 
+    store: bool | None = Field(
+        None,
+        description="Keep the response for the resume window, to retrieve it, resume its stream and go on with it."
+        " True when left out; the answer says whether it was done. False: it ends with its connection.",
+    )
+    previous_response_id: ItemId | None = Field(
+        None,
+        description="A kept response whose conversation, with its answer, comes before the input.",
+    )
+
     # Accepted, and without effect here.
-    store: bool | None = Field(None, description="No effect: nothing is stored.")
     include: Items[Literal["reasoning.encrypted_content"]] | None = Field(
         None, description="No effect: reasoning is sent as it is."
     )
@@ -203,7 +212,6 @@ class ResponsesRequest(SamplingFields, StoppingFields):
     prompt_cache_retention: str | None = Field(None, description="No effect.")
 
     # Accepted with values that ask for nothing.
-    previous_response_id: None = None
     conversation: None = None
     background: OnlyFalse | None = None
     prompt: None = None
@@ -215,7 +223,6 @@ class ResponsesRequest(SamplingFields, StoppingFields):
 
     UNSUPPORTED = frozenset(
         {
-            "previous_response_id",
             "conversation",
             "background",
             "prompt",

@@ -169,13 +169,35 @@ def test_a_call_that_is_required_and_the_turn_after_it(client: openai.OpenAI) ->
     assert [item.type for item in after.output] == ["message"]
 
 
+def test_a_stored_response_is_retrieved_resumed_and_gone_on_with(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "default", "input": "What is 2 + 3?", "temperature": 0}
+    events = list(client.responses.create(stream=True, **asked))
+    first = events[-1].response
+    assert client.responses.retrieve(first.id) == first
+    assert list(client.responses.retrieve(first.id, stream=True)) == events
+    for number in (0, 3, len(events) - 1):
+        rest = client.responses.retrieve(first.id, stream=True, starting_after=number)
+        assert list(rest) == events[number + 1 :]
+    follow = {**asked, "input": "And plus 4?"}
+    second = client.responses.create(previous_response_id=first.id, **follow)
+    assert second.output_text == "5 + 4 = 9"
+    assert (second.store, second.previous_response_id) == (True, first.id)
+    lost = client.responses.create(store=False, **asked)
+    assert lost.store is False
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(lost.id)
+
+
 def test_each_refusal_is_its_own_exception(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.responses.create(model="default", input=COUNT, temperature=200.0)
     assert bad.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError) as bad:
+    with pytest.raises(openai.NotFoundError) as unknown:
         client.responses.create(model="default", input=COUNT, previous_response_id="resp_1")
-    assert (bad.value.param, bad.value.code) == ("previous_response_id", "unsupported")
+    assert unknown.value.param == "previous_response_id"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.responses.create(model="default", input=COUNT, background=True)
+    assert (bad.value.param, bad.value.code) == ("background", "unsupported")
     with pytest.raises(openai.BadRequestError) as bad:
         client.responses.create(model="default", input=COUNT, tools=[{"type": "web_search"}])
     assert bad.value.param == "tools[0].type"

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from edge.api_keys import digest_of
 from tests.edge.sse import Event, parse
 from tests.integration.stack import PATIENCE, LoggedProcess, Stack, running_stack
 
@@ -126,6 +127,24 @@ def test_a_reader_who_does_not_come_back_frees_the_worker(stack: Stack) -> None:
 def reconnect(stack: Stack, last_event_id: str) -> httpx.Response:
     headers = {"last-event-id": last_event_id}
     return httpx.get(f"{stack.url}/v1/streams?prompt=x", headers=headers, timeout=PATIENCE)
+
+
+def test_another_key_finds_nothing(stack: Stack) -> None:
+    keys = ";".join(f"{name}: sha256:{digest_of(name).hex()}" for name in ("alice", "bob"))
+    flags = {"host": "127.0.0.1", "port": 0, "worker": stack.worker_address, "api_keys": keys}
+    edge = LoggedProcess("edge", flags)
+    url = f"http://127.0.0.1:{edge.wait_for_line(event='edge listening')['port']}/v1/streams"
+
+    def ask(key: str, place: str = "") -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} | ({"last-event-id": place} if place else {})
+        return httpx.get(f"{url}?prompt=x&max_tokens=4", headers=headers, timeout=PATIENCE)
+
+    events = parse(ask("alice").content).events
+    place = events[0].last_event_id
+    assert ask("bob", place).status_code == 410
+    assert reconnect(stack, place).status_code == 410  # without a key
+    assert parse(ask("alice", place).content).events == events[1:]
+    assert edge.stop() == 0
 
 
 def test_an_event_source_needs_no_more_than_its_url(stack: Stack) -> None:

@@ -103,6 +103,16 @@ async def test_a_resumed_stream_goes_on_where_it_was_cut() -> None:
             assert again == read, "the same messages under the same numbers"
 
 
+async def test_only_who_may_continue_a_stream_gets_token_ids_that_nobody_asked_for() -> None:
+    async with serve_script() as worker:
+        messages = await read_rest(kept(worker, max_tokens=30, is_continuable=True))
+        assert len(StreamRecord().add(messages).choice(0).token_ids) == 30
+        again = await read_rest(resume(worker, messages[0].started.resume_id))
+        assert numbers(again) == numbers(messages)
+        choice = StreamRecord().add(again).choice(0)
+        assert (choice.num_tokens, choice.token_ids) == (30, [])
+
+
 async def test_without_a_window_nothing_is_kept() -> None:
     async with serve_script(**SLOW) as worker:
         call = worker.stub.Generate(generate_request(**ENDLESS))
