@@ -157,6 +157,8 @@ class Tokenizer:
             pieces = self._control_tokens.marked_pieces(text, mark)
         except ControlTokenError as error:
             raise TemplateError(str(error)) from error
+        except RecursionError as error:
+            raise TemplateError("something in it is nested too deeply") from error
         return self._encode_pieces(pieces, add_special_tokens=False)
 
     def _render(

@@ -290,3 +290,14 @@ def test_what_is_made_of_names_alone_takes_no_longer_than_it_is(
         ids = tokenizer.encode_chat([{"role": "user", "content": text}])
         assert tokenizer.decode(tokenizer.encode(text, special_tokens=False)) == text
         assert len(ids) >= len(text)
+
+
+def test_what_is_nested_deeper_than_can_be_looked_at_is_refused(
+    tokenizers: dict[Any, Tokenizer],
+) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(5000):
+        schema = {"a": schema}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    with pytest.raises(TemplateError, match="nested too deeply"):
+        tokenizers[embedded].encode_chat([{"role": "user", "content": "x"}], tools)
