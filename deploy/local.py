@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -38,16 +39,16 @@ def main() -> int:
         return code
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, raise_stop)
-    edge_url = (
-        f"http://{reachable(environment['SLUICE_EDGE_HOST'])}:{environment['SLUICE_EDGE_PORT']}"
-    )
+    scheme = "https" if "SLUICE_EDGE_TLS_CERT" in environment else "http"
+    edge_host = reachable(environment["SLUICE_EDGE_HOST"])
+    edge_url = f"{scheme}://{edge_host}:{environment['SLUICE_EDGE_PORT']}"
     processes: dict[str, Process] = {}
     with terminal_to_ourselves():
         try:
             print("Starting the worker and the edge ...", flush=True)
             processes["worker"] = start("inference_worker", environment)
             processes["edge"] = start("edge", environment)
-            if not wait_until_ready(edge_url, processes):
+            if not wait_until_ready(probe_url(environment, edge_url), processes):
                 return 1
             print_invitation(edge_url, environment["SLUICE_EDGE_WORKER"])
             return wait_for_end(processes)
@@ -71,6 +72,13 @@ def complete(environment: Mapping[str, str]) -> dict[str, str]:
         worker = f"{reachable(complete['SLUICE_WORKER_HOST'])}:{complete['SLUICE_WORKER_PORT']}"
     complete.setdefault("SLUICE_EDGE_WORKER", worker)
     return complete
+
+
+def probe_url(environment: Mapping[str, str], edge_url: str) -> str:
+    """Where the edge says whether it is ready: on a port of its own, if there is one."""
+    if (port := environment.get("SLUICE_EDGE_ADMIN_PORT")) is None:
+        return edge_url
+    return f"http://{reachable(environment.get('SLUICE_EDGE_ADMIN_HOST', '127.0.0.1'))}:{port}"
 
 
 def reachable(host: str) -> str:
@@ -154,9 +162,12 @@ def wait_until_ready(edge_url: str, processes: Mapping[str, Process]) -> bool:
 
 
 def answers(url: str) -> bool:
+    # A proxy has no way to here, and a certificate is for those who come from elsewhere.
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy has no way to here
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
     try:
         with direct.open(url, timeout=5):
             return True

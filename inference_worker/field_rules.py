@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Final
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from inference_worker.errors import InvalidField, UnsupportedField
+
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def refuse_unknown_fields(message: Message, path: str) -> None:

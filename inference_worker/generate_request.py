@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import struct
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import (
+    REQUEST_ID,
     check_at_least,
     check_count,
     check_range,
@@ -29,7 +29,6 @@ from inference_worker.prompt import check_fits, check_prompt
 from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # A made seed passes unharmed through JSON, whose numbers many readers take for doubles.
 _SEED_BITS: Final = 53
 
@@ -211,7 +210,7 @@ def _read_timeout(message: pb.GenerateRequest) -> float | None:
 def _read_request_id(message: pb.GenerateRequest) -> str:
     if not message.HasField("request_id"):
         return f"gen-{secrets.token_hex(12)}"
-    if not _REQUEST_ID.fullmatch(message.request_id):
+    if not REQUEST_ID.fullmatch(message.request_id):
         raise InvalidField("request_id", "must be 1 to 128 characters of [A-Za-z0-9._:-]")
     return message.request_id
 

@@ -22,6 +22,7 @@ from inference_worker.engine.event import (
     Scheduled,
     Started,
 )
+from inference_worker.field_rules import REQUEST_ID
 from inference_worker.request_metrics import RequestMetrics
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -29,7 +30,6 @@ Logger = structlog.typing.FilteringBoundLogger
 
 # What may be waiting to be written: thousands of ordinary lines. With --log-prompts one line may have megabytes.
 _MAX_PENDING_CHARS: Final = 8 * 1024 * 1024
-_ID_CHARS: Final = 128  # of a request id; valid ones have no more
 
 
 def configure_logging(level: str) -> None:
@@ -140,8 +140,9 @@ class RequestRecord:
     ) -> None:
         self._metrics = metrics
         self._began = time.monotonic()
-        # Not checked yet, so that a bad one may have any length.
-        self._fields: dict[str, Any] = {"request_id": message.request_id[:_ID_CHARS] or None}
+        # Not checked yet: what is none may be anything, a text of the prompt's too.
+        is_id = REQUEST_ID.fullmatch(message.request_id) is not None
+        self._fields: dict[str, Any] = {"request_id": message.request_id if is_id else None}
         self._phase = "admission"
         self._finish_reasons: dict[int, str] = {}
         self._last_reason: FinishReason | None = None
