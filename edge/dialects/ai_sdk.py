@@ -1,9 +1,10 @@
-"""The Vercel AI SDK's POST /api/chat (useChat), /api/completion (useCompletion) and /api/text (plain text streams).
+"""The Vercel AI SDK's /api/chat (useChat), /api/completion (useCompletion) and /api/text (plain text streams).
 
 The UI message stream is specified at https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol, and by the SDK's own
 uiMessageChunkSchema, which these events are of.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Final
@@ -18,7 +19,7 @@ from edge.dialects.ai_sdk_schema import (
     AiSdkSettings,
     AiSdkTextRequest,
 )
-from edge.dialects.common import field_names, new_id
+from edge.dialects.common import field_names, new_id, window_message
 from edge.dialects.dialect import (
     Collector,
     Headers,
@@ -59,10 +60,12 @@ _OTHER_NAMES: Final = {
     "stop_sequences": "stopSequences",
     "tool_choice": "toolChoice",
 }
+# An answer that is not, or no longer, kept.
+_GONE: Final = "stream_gone"
 _CUT_CALL: Final = "The answer ended before the tool's input did."
 
 
-def parse_chat(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
+def parse_chat(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
     """A useChat request in the contract's words."""
     request = _validate(AiSdkChatRequest, body)
     is_continued = request.messages[-1].role == "assistant"
@@ -71,7 +74,32 @@ def parse_chat(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest: 
     message_id = None if is_continued else generation_id
     encoder = partial(UiMessageEncoder, message_id, bool(request.send_usage))
     messages = chat_messages(request.messages, "messages")
-    return _parsed(generation_id, request, messages, "messages", encoder)
+    parsed = _parsed(generation_id, request, messages, "messages", encoder)
+    seconds = request.resume_window
+    window = window_message(limits.resume_window_seconds if seconds is None else seconds)
+    if request.id and window is not None:
+        told = parsed.requests[0]
+        told.resume_window.CopyFrom(window)
+        told.resume_tag = _tag(request.id)
+        told.annotation = encode([message_id, bool(request.send_usage)])
+    return parsed
+
+
+def resume_chat(chat_id: str) -> ParsedRequest:
+    """The chat's latest answer from its beginning, in the contract's words."""
+    request = pb.GenerateRequest(resume=pb.Resume(resume_tag=_tag(chat_id)))
+    encoder = partial(UiMessageEncoder, None, False)  # until the header says what it was
+    return ParsedRequest(new_id("resume"), [request], True, encoder, _never, lambda _: "id")
+
+
+def refuse_resume(error: EdgeError, request_id: str = "") -> Response:
+    """As `refuse`, but for a chat that has no answer to give, of which the SDK hears by a 204."""
+    return Response(status_code=204) if error.code == _GONE else refuse(error, request_id)
+
+
+def _tag(chat_id: str) -> str:
+    """What the worker is to know a chat's latest answer by: of a length that it takes, whatever the client's id is."""
+    return "chat:" + hashlib.sha256(chat_id.encode()).hexdigest()
 
 
 def parse_completion(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
@@ -206,6 +234,8 @@ class UiMessageEncoder(StreamEncoder):
                 return self._finished(message.finished)
             case "started":
                 self._prompt_tokens = message.started.prompt_tokens
+                if message.started.HasField("annotation"):  # an answer that is told again
+                    self._message_id, self._sends_usage = decode(message.started.annotation)
                 start = {} if self._message_id is None else {"messageId": self._message_id}
                 return _event("start", **start) + _event("start-step")
             case _:

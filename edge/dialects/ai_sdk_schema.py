@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from edge.dialects.common import MAX_WINDOW_SECONDS
 from edge.dialects.schema import Float, Int64, Items, RequestModel, SomeItems, Uint32
 from edge.response_schema import ResponseModel
 
@@ -86,7 +87,17 @@ class AiSdkSettings(AiSdkModel):
 class AiSdkChatRequest(AiSdkSettings):
     """Body of POST /api/chat."""
 
-    id: str | None = Field(None, max_length=1024, description="The chat's id.")
+    id: str | None = Field(
+        None,
+        max_length=1024,
+        description="The chat's id, by which GET /api/chat/{id}/stream finds the answer.",
+    )
+    resume_window: Annotated[Float, Field(ge=0, le=MAX_WINDOW_SECONDS)] | None = Field(
+        None,
+        description="Seconds for which a page that has lost the answer may come back for it: after it went away, while"
+        " the answer goes on, and after its end. 0 is not at all: the generation ends with its connection, also by"
+        " stop(). When left out, what the server is set to.",
+    )
     messages: SomeItems[AiSdkMessage]
     trigger: str | None = Field(None, max_length=64, description="No effect.")
     message_id: str | None = Field(None, max_length=1024, description="No effect.")

@@ -35,6 +35,10 @@ def shown_float(value: float) -> float:
     return float(f"{value:.7g}")
 
 
+# Of a resume window that a client may ask for; what the worker grants is its own affair.
+MAX_WINDOW_SECONDS = 86_400
+
+
 def window_message(seconds: float) -> duration_pb2.Duration | None:
     """A resume window in the contract's words; none for 0."""
     if not seconds:

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2
 from pydantic import Field
 
 from edge.dialects.common import (
+    MAX_WINDOW_SECONDS,
     field_names,
     new_id,
     shown_bytes,
@@ -39,7 +40,6 @@ _ID_PREFIX = "stream"
 # the worker keeps it by, or else its request's id: that has a hyphen, which the other never has.
 _LAST_EVENT_ID = re.compile(r"(stream-)?([0-9A-Za-z_]{16,128})-([0-9]{1,19})(-end)?")
 _END = "-end"
-_MAX_WINDOW_SECONDS = 86_400
 
 
 class StreamToolCall(RequestModel):
@@ -102,7 +102,7 @@ class StreamFields(SamplingFields, StoppingFields, TimeoutField):
     prompt_logprobs: bool | None = Field(
         None, description="With echo and logprobs: the prompt's log-probabilities too."
     )
-    resume_window: Annotated[Float, Field(ge=0, le=_MAX_WINDOW_SECONDS)] | None = Field(
+    resume_window: Annotated[Float, Field(ge=0, le=MAX_WINDOW_SECONDS)] | None = Field(
         None,
         description="Seconds for which the stream may be resumed with Last-Event-ID: after its reader went away, while"
         " it goes on, and after its end. 0 is not at all: the generation ends with its connection. When left out, 0"

@@ -1,13 +1,19 @@
 """The Vercel AI SDK's routes."""
 
 from pydantic import BaseModel
+from starlette.requests import Request
 
 from edge.dialects import ai_sdk
 from edge.dialects import ai_sdk_schema as shape
+from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.operation import GENERATE_ERRORS, BodyParse, Generate, Operation
 from edge.route_tables.bodies import from_body
 
 _TEXT = {"text/plain": "The text of the answer as it comes. A failure breaks the body off."}
+
+
+async def _resume(request: Request, limits: PromptLimits) -> ParsedRequest:  # noqa: ARG001
+    return ai_sdk.resume_chat(request.path_params["id"])
 
 
 def operations(generate: Generate) -> list[Operation]:
@@ -31,6 +37,18 @@ def operations(generate: Generate) -> list[Operation]:
         )
 
     return [
+        Operation(
+            "GET",
+            "/api/chat/{id:path}/stream",
+            generate(_resume, ai_sdk.refuse_resume),
+            "Streams a chat's latest answer again from its beginning, and on, to a useChat that resumes.",
+            None,
+            (*GENERATE_ERRORS, 410),
+            events={"": shape.UiMessageChunk},
+            other_answers={204: "There is none, or none any more."},
+            error=None,
+            refuse=ai_sdk.refuse,
+        ),
         row(
             "/api/chat",
             ai_sdk.parse_chat,

@@ -166,11 +166,30 @@ def test_the_stop_button_frees_the_sequence(
         path=PATHS[protocol],
         protocol=protocol,
         turn=COUNT,
-        body={"maxOutputTokens": ENDLESS},
+        body={"maxOutputTokens": ENDLESS, "resumeWindow": 0},
     )
     assert page["status"] == "ready"
     slow_stack.wait_idle()
     assert slow_stack.load().generated_tokens - before < ENDLESS, "it ended by itself"
+
+
+def test_a_page_that_is_loaded_again_gets_the_whole_answer(
+    hooks: ForeignProcess, slow_stack: Stack
+) -> None:
+    given = {"url": slow_stack.url, "path": "/api/chat"}
+    body = {**GREEDY, "maxOutputTokens": 60}
+    (whole,) = said(hooks.call("chat", turns=[COUNT], body=body | {"resumeWindow": 0}, **given))[1:]
+    pages = hooks.call("reload", turn=COUNT, body=body, **given)
+    before, after = pages["before"], pages["after"]
+    assert after["error"] is None
+    assert said(after) == [("user", COUNT), whole]
+    assert after["messages"][1]["id"] == before["messages"][1]["id"]
+    assert len(said(before)[1][1]) < len(whole[1]), "nothing was left to resume"
+
+
+def test_a_chat_with_nothing_to_resume_is_ready(hooks: ForeignProcess, stack: Stack) -> None:
+    page = hooks.call("chat", url=stack.url, path="/api/chat", id="new", resume=True, turns=[])
+    assert (page["status"], page["error"], page["messages"]) == ("ready", None, [])
 
 
 @PROTOCOLS

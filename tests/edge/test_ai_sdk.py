@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import httpx
@@ -41,6 +42,8 @@ async def sent(
     request = json_format.MessageToDict(worker.call.request, preserving_proto_field_name=True)
     assert request.pop("timeout")
     assert request.pop("request_id").startswith("msg-")
+    for name in ("resume_window", "resume_tag", "annotation"):  # tested on their own
+        request.pop(name, None)
     worker.calls.clear()
     return request
 
@@ -432,3 +435,71 @@ async def test_a_text_stream_is_the_text_alone(
     response = await http.post(TEXT, json={"messages": [HI]})
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
     assert response.content == "Hi\n ö".encode()
+
+
+RESUME_ID = "rs_" + "0123456789abcdef" * 3
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 30.0), (0, None), (2.5, 2.5)])
+async def test_a_chats_answer_is_kept_for_the_window(
+    http: httpx.AsyncClient, worker: ScriptedWorker, given: float | None, seconds: float | None
+) -> None:
+    fields = {} if given is None else {"resumeWindow": given}
+    await http.post(CHAT, json=INPUT[CHAT] | fields)
+    request = worker.call.request
+    asked = request.resume_window.ToMilliseconds() / 1e3
+    assert (asked if request.HasField("resume_window") else None) == seconds
+    assert request.HasField("resume_tag") == request.HasField("annotation") == (seconds is not None)
+
+
+async def test_what_has_no_chat_id_is_not_kept(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    for path, body in ((CHAT, {"messages": [HI]}), *list(INPUT.items())[1:]):
+        worker.calls.clear()
+        await http.post(path, json=body)
+        assert not worker.call.request.HasField("resume_window")
+
+
+@pytest.mark.parametrize("is_continued", [False, True])
+@pytest.mark.parametrize("chat_id", ["c1", "a/b c?ö", "x" * 1024])
+async def test_an_answer_is_told_again_to_the_byte(
+    http: httpx.AsyncClient, worker: ScriptedWorker, chat_id: str, is_continued: bool
+) -> None:
+    annotation: list[bytes] = []
+
+    async def kept(call: ScriptedCall) -> None:
+        if call.request.HasField("resume"):
+            await call.started(resume_id=RESUME_ID, annotation=annotation[0])
+        else:
+            annotation.append(call.request.annotation)
+            await call.started(resume_id=RESUME_ID)
+        await call.delta("Hi")
+        await call.finished()
+
+    worker.script = kept
+    messages = [HI, assistant(tool(output="x"))] if is_continued else [HI]
+    body = {"id": chat_id, "messages": messages, "sendUsage": is_continued}
+    first = await http.post(CHAT, json=body)
+    tag = worker.call.request.resume_tag
+    assert tag
+    assert chat_id not in tag
+    worker.calls.clear()
+    again = await http.get(f"{CHAT}/{quote(chat_id, safe='')}/stream")
+    assert worker.call.request.resume == pb.Resume(resume_tag=tag)
+    assert not worker.call.request.HasField("resume_window")
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["x-vercel-ai-ui-message-stream"] == "v1"
+
+
+async def test_where_there_is_nothing_to_resume_the_answer_is_204(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    worker.script = failing(
+        grpc.StatusCode.NOT_FOUND, "no such stream", error_info("STREAM_NOT_FOUND")
+    )
+    response = await http.get(f"{CHAT}/c1/stream")
+    assert (response.status_code, response.content) == (204, b"")
+    worker.script = failing(grpc.StatusCode.INTERNAL)
+    response = await http.get(f"{CHAT}/c1/stream")
+    assert (response.status_code, response.text) == (500, WORDS["status"])

@@ -108,6 +108,26 @@ await serve({
     return shown(seen);
   },
 
+  // The page is left within the answer; another one of the same chat has what was asked, and resumes.
+  async reload({ turn, ...given }) {
+    const left = await page(given);
+    let sending;
+    await act(async () => {
+      sending = left.now.sendMessage({ text: turn });
+    });
+    await until(() => left.now.messages.length > 1 && text(left.now.messages[1]));
+    await act(async () => {
+      await left.now.stop();
+      await sending;
+    });
+    const before = shown(left);
+    await act(async () => left.root.unmount());
+    const messages = before.messages.slice(0, 1);
+    const back = await page({ ...given, id: before.id, messages, resume: true });
+    await until(() => back.finished.length > 0 || back.now.error);
+    return { before, after: shown(back) };
+  },
+
   // What useCompletion makes of a prompt.
   async complete({ url, path, protocol = 'data', prompt, body }) {
     const seen = await rendered(useCompletion, { api: url + path, streamProtocol: protocol, body });
