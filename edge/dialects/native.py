@@ -334,8 +334,9 @@ class NativeEncoder(StreamEncoder):
         is_last: bool,
     ) -> bytes:
         end = _END if is_last else ""
-        head = f"event: {kind}\nid: {self._name}-{sequence_number}{end}\ndata: "
-        return head.encode() + encode(data) + b"\n\n"
+        place = f"{self._name}-{sequence_number}{end}"
+        # The id comes last: fetch-event-source takes it for read though the connection breaks before the data.
+        return f"event: {kind}\ndata: ".encode() + encode(data) + f"\nid: {place}\n\n".encode()
 
 
 def _started_json(started: pb.Started) -> dict[str, Any]:

@@ -17,16 +17,18 @@ async def test_exact_bytes(http: httpx.AsyncClient, worker: ScriptedWorker) -> N
     request_id = worker.call.request.request_id
     assert request_id.startswith("stream-")
     expected = (
-        f'event: started\nid: {request_id}-0\ndata: {{"request_id":"{request_id}",'
+        f'event: started\ndata: {{"request_id":"{request_id}",'
         f'"model":"{MODEL}","created":{CREATED},"prompt_tokens":7,"cached_tokens":2,'
-        '"queue_position":0,"max_tokens":16,"n":1,"sampling":{"temperature":0.7,"seed":42}}\n\n'
-        f'event: delta\nid: {request_id}-1\ndata: {{"choice_index":0,"text":"Hi\\n",'
-        '"token_count":1}\n\n'
-        f'event: delta\nid: {request_id}-2\ndata: {{"choice_index":0,"text":"ö\\u2028",'
-        '"token_count":1}\n\n'
-        f'event: finished\nid: {request_id}-3-end\ndata: {{"choice_index":0,'
+        '"queue_position":0,"max_tokens":16,"n":1,"sampling":{"temperature":0.7,"seed":42}}\n'
+        f"id: {request_id}-0\n\n"
+        'event: delta\ndata: {"choice_index":0,"text":"Hi\\n","token_count":1}\n'
+        f"id: {request_id}-1\n\n"
+        'event: delta\ndata: {"choice_index":0,"text":"ö\\u2028","token_count":1}\n'
+        f"id: {request_id}-2\n\n"
+        'event: finished\ndata: {"choice_index":0,'
         '"finish_reason":"stop","usage":{"prompt_tokens":7,"completion_tokens":2,'
-        '"cached_tokens":4},"timings":{"queued_seconds":1.5}}\n\n'
+        '"cached_tokens":4},"timings":{"queued_seconds":1.5}}\n'
+        f"id: {request_id}-3-end\n\n"
     )
     assert response.content == expected.encode()
 
