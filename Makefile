@@ -20,7 +20,7 @@ help:
 	@echo 'make lint    ruff, mypy --strict, buf lint'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
-	@echo 'make bench   measure engine, sampling, AWQ, structured output, prefix cache, transport, cancellation here'
+	@echo 'make bench   measure engine, sampling, AWQ, structured output, prefix cache, transport, cancellation, overload here'
 	@echo 'make gpu     on a machine with a GPU: test and measure what no other can'
 	@echo 'make clean   delete the virtual environment and caches'
 
@@ -52,6 +52,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.multi_turn
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.cancellation
+	$(BIN)/python -m benchmarks.overload
 
 gpu: $(VENV)/installed-dev
 	$(BIN)/pytest tests/gpu tests/worker/model

@@ -40,6 +40,15 @@ class Process:
         times = psutil.Process(self._process.pid).cpu_times()
         return times.user + times.system
 
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of this event so far."""
+        found = []
+        for line in self._log.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last one may not be whole
+                if (fields := json.loads(line)).get("event") == event:
+                    found.append(fields)
+        return found
+
     def await_line(self, event: str, **wanted: object) -> dict[str, Any]:
         """The first log line of this event with these fields. Raises: StartFailed."""
         deadline = time.monotonic() + _START_SECONDS

@@ -72,6 +72,22 @@ def test_cancellation_measures_every_phase(tmp_path: Path) -> None:
         assert beyond == pytest.approx(p99 - step, abs=0.11)  # each is rounded to a tenth
 
 
+def test_overload_measures_both_servers_and_both_orders(tmp_path: Path) -> None:
+    found = quick("benchmarks.overload", tmp_path / "RESULTS.md")
+    assert [row[0] for row in found] == ["Sluice", "unbounded queue"] * 2 + ["told", "not told"]
+    bounded, unbounded = found[:2]
+    for row in (bounded, unbounded):
+        offered, accepted, refused, other = map(int, row[1:5])
+        assert offered == accepted + refused + other
+        assert accepted > 0
+        assert float(row[5]) > 0
+    assert int(bounded[3]) > 0
+    assert int(unbounded[3]) == 0
+    for row in found[2:4]:
+        assert all(len(cell.split(" → ")) == 3 for cell in row[1:3])
+    assert all(float(cell) > 0 for row in found[4:] for cell in row[1:])
+
+
 def test_engine_measures_every_engine(tmp_path: Path) -> None:
     flags = ("--models=10M", "--weights=bfloat16")
     found = quick("benchmarks.engine", tmp_path / "RESULTS.md", *flags)

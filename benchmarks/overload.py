@@ -1,0 +1,341 @@
+"""What happens at ten times the capacity, beside a server whose queue has no end; and whether one key starves another.
+
+`python -m benchmarks.overload` starts a worker around a scripted model, whose steps take the time of a GPU's and none
+of the processor's, and an edge. First it measures the capacity: tokens a second with twice as many readers as slots,
+each asking again once it is answered. Then it offers ten times as many requests as that, evenly, for a minute, on a
+connection each, whatever becomes of them. The peer is the same worker and edge with their limits out of reach: all that
+comes waits.
+
+- Tokens/s: what the worker generated from the fifth second of the load to its end, as GetLoad counts it.
+- First token and refusal: from the moment at which a request was due, so that a late client counts against the server.
+  An accepted request has to wait for no more than the queue before it: `bound` is (waiting + running requests that
+  there may be) ÷ the requests a second that the capacity is.
+- Next request: one more when the load has ended, the accepted ones still waiting or running, and five after all have
+  gone, beside five on the idle server before the load.
+- Decision: from a request's arrival at the worker's service to its refusal there, as its log tells; and the time of a
+  gRPC call of refused requests that go to the worker directly, five a second during the load.
+- Memory: resident, before the load, in its middle and at its end.
+
+The fairness part is without the edge: a thousand requests of one key at once, and half a second later one of another;
+with the keys told to the worker, and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import psutil
+import uvloop
+
+from benchmarks.load_watch import LoadWatch
+from benchmarks.overload_client import Load, Reply
+from benchmarks.processes import Process, running_edge, running_worker
+from benchmarks.report import Report
+from benchmarks.table import Table, percentile
+from inference_worker.default_model import CHECKPOINT
+from protos.sluice.v1 import generation_pb2 as pb
+from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
+
+_UNBOUNDED: Final = 10**6
+_PROBE_SECONDS: Final = 0.2
+_NEXT_SECONDS: Final = 30.0  # that the next request may take before it is given up
+_FLOOD_LEAD_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and for how long."""
+
+    model: str
+    seconds: float = 60.0
+    times_capacity: float = 10.0
+    step_milliseconds: float = 20.0
+    max_running: int = 16
+    max_waiting: int = 32
+    max_tokens: int = 64
+    flood: int = 1000
+    flood_tokens: int = 16
+
+    @property
+    def ramp_seconds(self) -> float:
+        """After which slots and queue are full."""
+        return min(5.0, self.seconds / 3)
+
+
+@dataclass
+class Outcome:
+    """What one server did."""
+
+    name: str
+    capacity: float  # tokens a second
+    bound: float  # seconds
+    tokens_per_second: float = 0.0
+    replies: list[Reply] = field(default_factory=list)
+    memory: list[tuple[float, float]] = field(default_factory=list)  # MB of worker and edge
+    idle_before: list[float] = field(default_factory=list)  # seconds to the first token
+    next_one: float | None = None  # the same; None: given up
+    idle_after: list[float] = field(default_factory=list)
+    probes: list[float] = field(default_factory=list)  # seconds of a refused gRPC call
+    decisions: list[float] = field(default_factory=list)  # seconds
+
+
+class Server:
+    """A worker and an edge, and what a measurement asks of them."""
+
+    def __init__(self, worker: Process, edge: Process, port: int, stub: Any) -> None:
+        self.port = port
+        self.stub: pb_grpc.GenerationServiceAsyncStub = stub
+        self.watch = LoadWatch(self.stub)
+        self.worker = worker
+        self._memory = [psutil.Process(process.pid) for process in (worker, edge)]
+
+    def memory(self) -> tuple[float, float]:
+        """MB of worker and edge."""
+        worker, edge = (process.memory_info().rss / 1e6 for process in self._memory)
+        return worker, edge
+
+    async def until_idle(self) -> None:
+        """Wait until nothing is inside. Raises: TimeoutError."""
+        await self.watch.until(lambda load: load.requests == 0)
+
+
+@asynccontextmanager
+async def serving(plan: Plan, **limits: float) -> AsyncIterator[Server]:
+    """A server with these limits of the worker."""
+    settings = {
+        "model": plan.model,
+        "step_milliseconds": plan.step_milliseconds,
+        "max_running": plan.max_running,
+        "text": " one two three four",
+        **limits,
+    }
+    with (
+        running_worker("inference_worker.scripted_model", **settings) as (worker, address),
+        running_edge(address, max_connections=_UNBOUNDED) as (edge, port),
+    ):
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Server(worker, edge, port, pb_grpc.GenerationServiceStub(channel))
+
+
+async def measure(plan: Plan, name: str, server: Server, capacity: float) -> Outcome:
+    """Offer too much to one server."""
+    requests_per_second = capacity / plan.max_tokens
+    bound = (plan.max_waiting + plan.max_running) / requests_per_second
+    outcome = Outcome(name, capacity, bound)
+    outcome.idle_before = await first_tokens(server)
+    outcome.memory.append(server.memory())
+    load = Load(server.port, plan.max_tokens)
+    background = [
+        asyncio.create_task(coroutine)
+        for coroutine in (_count(plan, server, outcome), _probe(plan, server, outcome))
+    ]
+    await load.offer(requests_per_second * plan.times_capacity, plan.seconds)
+    await asyncio.gather(*background)
+    outcome.memory.append(server.memory())
+    outcome.next_one = await next_one(server)
+    await load.settle(bound + 10)
+    await server.until_idle()
+    outcome.idle_after = await first_tokens(server)
+    outcome.replies = load.replies
+    outcome.decisions = [
+        line["total_seconds"]
+        for line in server.worker.lines("request")
+        if line["status"] == "RESOURCE_EXHAUSTED"
+    ]
+    return outcome
+
+
+async def _count(plan: Plan, server: Server, outcome: Outcome) -> None:
+    """Tokens a second, and the memory in between."""
+    await asyncio.sleep(plan.ramp_seconds)
+    began, before = await server.watch.now()
+    rest = plan.seconds - plan.ramp_seconds
+    await asyncio.sleep(rest / 2)
+    outcome.memory.append(server.memory())
+    await asyncio.sleep(rest / 2)
+    ended, after = await server.watch.now()
+    outcome.tokens_per_second = (after.generated_tokens - before.generated_tokens) / (ended - began)
+
+
+async def _probe(plan: Plan, server: Server, outcome: Outcome) -> None:
+    """Time refusals without an edge in between."""
+    await asyncio.sleep(plan.ramp_seconds)
+    end = time.perf_counter() + plan.seconds - plan.ramp_seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        call = server.stub.Generate(_request(plan.max_tokens))
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                outcome.probes.append(time.perf_counter() - began)
+        finally:
+            call.cancel()
+        await asyncio.sleep(_PROBE_SECONDS)
+
+
+def _request(max_tokens: int, key_id: str | None = None) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="Once"))
+    request.stopping.max_tokens = max_tokens
+    request.stopping.ignore_eos = True
+    if key_id is not None:
+        request.caller.key_id = key_id
+    return request
+
+
+async def first_tokens(server: Server) -> list[float]:
+    """Seconds to the first token of five requests, one after another."""
+    load = Load(server.port, max_tokens=1)
+    return [(await load.ask()).first_token_seconds for _ in range(5)]
+
+
+async def next_one(server: Server) -> float | None:
+    """Seconds to the first token of one request, tried again as its refusals say; None after half a minute."""
+    load = Load(server.port, max_tokens=1)
+    began = time.perf_counter()
+    try:
+        async with asyncio.timeout(_NEXT_SECONDS):
+            while not (reply := await load.ask()).is_accepted:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        return None
+    return reply.first_token_at - began
+
+
+async def overload(plan: Plan) -> list[Outcome]:
+    """Sluice, and the server without an end to its queue."""
+    limits = {"max_waiting": plan.max_waiting}
+    async with serving(plan, **limits) as server:
+        load = Load(server.port, plan.max_tokens)
+        _, before = await server.watch.now()
+        began = time.perf_counter()
+        await load.saturate(2 * plan.max_running, plan.seconds / 3)
+        seconds = time.perf_counter() - began
+        _, after = await server.watch.now()
+        capacity = (after.generated_tokens - before.generated_tokens) / seconds
+        bounded = await measure(plan, "Sluice", server, capacity)
+    unbounded = {"max_waiting": _UNBOUNDED, "max_waiting_tokens": 10**12, "max_waiting_kv": 1000}
+    async with serving(plan, **unbounded) as server:
+        return [bounded, await measure(plan, "unbounded queue", server, capacity)]
+
+
+async def starvation(plan: Plan, *, with_keys: bool) -> tuple[float, float]:
+    """Seconds to the first token of one key's one request behind another's many, and of all of those to their end."""
+    async with serving(plan, max_waiting=2 * plan.flood) as server:
+
+        async def read(key_id: str) -> None:
+            call = server.stub.Generate(_request(plan.flood_tokens, key_id if with_keys else None))
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+        began = time.perf_counter()
+        flood = asyncio.gather(*(read("many") for _ in range(plan.flood)))
+        await asyncio.sleep(_FLOOD_LEAD_SECONDS)
+        asked = time.perf_counter()
+        call = server.stub.Generate(_request(plan.flood_tokens, "one" if with_keys else None))
+        while not (await call.read()).HasField("delta"):  # type: ignore[union-attr]
+            pass
+        waited = time.perf_counter() - asked
+        call.cancel()
+        await flood
+        return waited, time.perf_counter() - began
+
+
+def overload_tables(outcomes: Sequence[Outcome]) -> list[str]:
+    """Markdown of the first part."""
+    figures = Table(
+        ("Server", "Offered", "Accepted", "Refused", "Other", "Tokens/s", "÷ capacity",
+         "First token p50 s", "p99 s", "bound s", "Refusal p50 ms", "p99 ms", "highest ms"), labels=1,
+    )  # fmt: skip
+    after = Table(
+        ("Server", "Worker MB", "Edge MB", "Idle before ms", "Next s", "Idle after ms",
+         "Decision p50 ms", "p99 ms", "gRPC refusal p50 ms", "p99 ms"), labels=1,
+    )  # fmt: skip
+    for outcome in outcomes:
+        replies = outcome.replies
+        accepted = [reply for reply in replies if reply.is_accepted]
+        begun = [reply.first_token_seconds for reply in accepted if reply.first_token_at]
+        refusals = [reply.seconds * 1e3 for reply in replies if reply.is_refused]
+        figures.rows.append((
+            outcome.name, str(len(replies)), str(len(accepted)), str(len(refusals)),
+            str(len(replies) - len(accepted) - len(refusals)), f"{outcome.tokens_per_second:.0f}",
+            f"{outcome.tokens_per_second / outcome.capacity:.3f}",
+            *_figures(begun, 2, 50, 99), f"{outcome.bound:.2f}", *_figures(refusals, 1, 50, 99, 100),
+        ))  # fmt: skip
+        worker, edge = zip(*outcome.memory, strict=True)
+        after.rows.append((
+            outcome.name, *(" → ".join(f"{size:.0f}" for size in sizes) for sizes in (worker, edge)),
+            f"{statistics.median(outcome.idle_before) * 1e3:.1f}",
+            f"over {_NEXT_SECONDS:.0f}" if outcome.next_one is None else f"{outcome.next_one:.2f}",
+            f"{statistics.median(outcome.idle_after) * 1e3:.1f}",
+            *_figures([s * 1e3 for s in outcome.decisions], 2, 50, 99),
+            *_figures([s * 1e3 for s in outcome.probes], 1, 50, 99),
+        ))  # fmt: skip
+    codes = Counter(reply.code for reply in outcomes[0].replies if reply.is_refused)
+    reasons = ", ".join(f"`{code}` {number}" for code, number in sorted(codes.items()))
+    return [str(figures), f"Reasons of the refusals: {reasons or 'none'}.", str(after)]
+
+
+def _figures(values: Sequence[float], digits: int, *shares: float) -> list[str]:
+    return [f"{percentile(values, share):.{digits}f}" if values else "–" for share in shares]
+
+
+def report(plan: Plan) -> Report:
+    """Run, and write it up."""
+    load = os.getloadavg()[0]
+    outcomes = uvloop.run(overload(plan))
+    fairness = Table(("Keys", "First token of the one s", "End of the many s"), labels=1)
+    for name, with_keys in (("told", True), ("not told", False)):
+        waited, took = uvloop.run(starvation(plan, with_keys=with_keys))
+        fairness.rows.append((name, f"{waited:.2f}", f"{took:.1f}"))
+    return Report(
+        "Overload",
+        (
+            f"{plan.times_capacity:g} times the capacity of {outcomes[0].capacity:.0f} tokens/s offered for "
+            f"{plan.seconds:g} s: requests of {plan.max_tokens} tokens, {plan.max_running} slots, "
+            f"{plan.max_waiting} may wait, steps of {plan.step_milliseconds:g} ms. `unbounded queue` is the same "
+            "server with its limits out of reach. `Other` had no answer when the load was over.",
+            *overload_tables(outcomes),
+            f"{plan.flood} requests of one key at once, each of {plan.flood_tokens} tokens, and then one of another "
+            "key:",
+            str(fairness),
+        ),
+        load,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument(
+        "--model", default=str(CHECKPOINT), help="checkpoint whose tokenizer the script uses"
+    )
+    parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of the load")
+    parser.add_argument("--times-capacity", type=float, default=Plan.times_capacity)
+    parser.add_argument("--step-milliseconds", type=float, default=Plan.step_milliseconds)
+    parser.add_argument("--keep", type=Path, help="Markdown file that keeps the result")
+    given = parser.parse_args()
+    plan = Plan(given.model, given.seconds, given.times_capacity, given.step_milliseconds)
+    if given.quick:
+        plan = Plan(given.model, 1.5, 10, 10, max_running=4, max_waiting=4, max_tokens=16, flood=60)
+    result = report(plan)
+    print(result)
+    if given.keep is not None:
+        result.keep(given.keep)
+
+
+if __name__ == "__main__":
+    main()
