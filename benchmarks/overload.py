@@ -72,6 +72,16 @@ class Plan:
         """After which slots and queue are full."""
         return min(5.0, self.seconds / 3)
 
+    def worker_settings(self, **limits: float) -> dict[str, object]:
+        """Of a worker with these limits."""
+        return {
+            "model": self.model,
+            "step_milliseconds": self.step_milliseconds,
+            "max_running": self.max_running,
+            "text": " one two three four",
+            **limits,
+        }
+
 
 @dataclass
 class Outcome:
@@ -113,13 +123,7 @@ class Server:
 @asynccontextmanager
 async def serving(plan: Plan, **limits: float) -> AsyncIterator[Server]:
     """A server with these limits of the worker."""
-    settings = {
-        "model": plan.model,
-        "step_milliseconds": plan.step_milliseconds,
-        "max_running": plan.max_running,
-        "text": " one two three four",
-        **limits,
-    }
+    settings = plan.worker_settings(**limits)
     with (
         running_worker("inference_worker.scripted_model", **settings) as (worker, address),
         running_edge(address, max_connections=_UNBOUNDED) as (edge, port),
@@ -230,26 +234,37 @@ async def overload(plan: Plan) -> list[Outcome]:
         return [bounded, await measure(plan, "unbounded queue", server, capacity)]
 
 
-async def starvation(plan: Plan, *, with_keys: bool) -> tuple[float, float]:
-    """Seconds to the first token of one key's one request behind another's many, and of all of those to their end."""
-    async with serving(plan, max_waiting=2 * plan.flood) as server:
+async def starvation(plan: Plan) -> list[tuple[float, float]]:
+    """With keys told to the worker and without: see `_starve`."""
+    settings = plan.worker_settings(max_waiting=2 * plan.flood)
+    with running_worker("inference_worker.scripted_model", **settings) as (_, address):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
+            return [await _starve(plan, stub, *keys) for keys in (("many", "one"), (None, None))]
 
-        async def read(key_id: str) -> None:
-            call = server.stub.Generate(_request(plan.flood_tokens, key_id if with_keys else None))
-            while await call.read() is not grpc.aio.EOF:
-                pass
 
-        began = time.perf_counter()
-        flood = asyncio.gather(*(read("many") for _ in range(plan.flood)))
-        await asyncio.sleep(_FLOOD_LEAD_SECONDS)
-        asked = time.perf_counter()
-        call = server.stub.Generate(_request(plan.flood_tokens, "one" if with_keys else None))
-        while not (await call.read()).HasField("delta"):  # type: ignore[union-attr]
+async def _starve(
+    plan: Plan, stub: pb_grpc.GenerationServiceAsyncStub, many: str | None, one: str | None
+) -> tuple[float, float]:
+    """Seconds to the first token of one request behind many, and of all of those to their end."""
+
+    async def read() -> None:
+        call = stub.Generate(_request(plan.flood_tokens, many))
+        while await call.read() is not grpc.aio.EOF:
             pass
-        waited = time.perf_counter() - asked
-        call.cancel()
-        await flood
-        return waited, time.perf_counter() - began
+
+    began = time.perf_counter()
+    flood = asyncio.gather(*(read() for _ in range(plan.flood)))
+    await asyncio.sleep(_FLOOD_LEAD_SECONDS)
+    asked = time.perf_counter()
+    call = stub.Generate(_request(plan.flood_tokens, one))
+    message: Any = await call.read()
+    while not message.HasField("delta"):
+        message = await call.read()
+    waited = time.perf_counter() - asked
+    call.cancel()
+    await flood
+    return waited, time.perf_counter() - began
 
 
 def overload_tables(outcomes: Sequence[Outcome]) -> list[str]:
@@ -296,8 +311,8 @@ def report(plan: Plan) -> Report:
     load = os.getloadavg()[0]
     outcomes = uvloop.run(overload(plan))
     fairness = Table(("Keys", "First token of the one s", "End of the many s"), labels=1)
-    for name, with_keys in (("told", True), ("not told", False)):
-        waited, took = uvloop.run(starvation(plan, with_keys=with_keys))
+    starved = uvloop.run(starvation(plan))
+    for name, (waited, took) in zip(("told", "not told"), starved, strict=True):
         fairness.rows.append((name, f"{waited:.2f}", f"{took:.1f}"))
     return Report(
         "Overload",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import openai
@@ -60,3 +63,82 @@ def test_the_openai_client_raises_its_own_class_and_then_succeeds(small_stack: S
     for stream in streams:
         stream.close()
     assert patient.completions.create(max_tokens=1, **options).choices[0].text  # type: ignore[call-overload]
+
+
+def test_each_reason_reaches_a_client_with_its_status() -> None:
+    """Real processes, a step of 20 ms, one slot and room for two to wait."""
+    worker = {
+        "step_milliseconds": 20,
+        "max_running": 1,
+        "max_waiting": 2,
+        "max_waiting_tokens": 100,
+    }
+    hashes = {
+        name: hashlib.sha256(f"{name}-key".encode()).hexdigest()
+        for name in ("limited", "other", "third")
+    }
+    keys = "; ".join(f"{name}: sha256:{digest}" for name, digest in hashes.items())
+    keys = keys.replace(hashes["limited"], f"{hashes['limited']} max_concurrent=1")
+    module = "inference_worker.scripted_model"
+    with (
+        running_stack(worker, {"api_keys": keys}, module) as stack,
+        httpx.Client(base_url=stack.url, timeout=PATIENCE) as http,
+        ExitStack() as streams,
+    ):
+        lines: list[Iterator[str]] = []
+
+        def headers(key: str, **more: str) -> dict[str, str]:
+            return {"authorization": f"Bearer {key}-key", **more}
+
+        def begin(key: str, max_tokens: int = 3000) -> None:
+            body = {"prompt": "Once", "max_tokens": max_tokens}
+            stream = http.stream("POST", "/v1/streams", json=body, headers=headers(key))
+            response = streams.enter_context(stream)
+            assert response.status_code == 200
+            lines.append(response.iter_lines())  # whose end would be the stream's
+            next(lines[-1])
+
+        def refusal(key: str, prompt: str = "Once", **more: str) -> httpx.Response:
+            body = {"prompt": prompt, "max_tokens": 4}
+            return http.post("/v1/completions", json=body, headers=headers(key, **more))
+
+        begin("limited")
+        limited = refusal("limited")
+        begin("other")  # waits
+        too_large = refusal("other", "one two three four five six seven eight nine ten " * 30)
+        begin("third")
+        full = refusal("other")
+        messages = {
+            "model": "default",
+            "max_tokens": 4,
+            "messages": [{"role": "user", "content": "hi"}],
+        }
+        anthropic = http.post("/v1/messages", json=messages, headers=headers("other"))
+        codes = [answer.json()["error"]["code"] for answer in (limited, too_large, full, anthropic)]
+        assert codes == ["key_limit", "token_budget", "queue_full", "queue_full"]
+        assert [a.status_code for a in (limited, too_large, full, anthropic)] == [
+            429,
+            429,
+            429,
+            529,
+        ]
+        for answer in (limited, too_large, full, anthropic):
+            assert 1 <= int(answer.headers["retry-after"]) <= 5
+
+
+def test_a_deadline_from_http_ends_a_request_in_the_queue_and_in_decode() -> None:
+    worker = {"step_milliseconds": 20, "max_running": 1}
+    with (
+        running_stack(worker, worker_module="inference_worker.scripted_model") as stack,
+        httpx.Client(base_url=stack.url, timeout=PATIENCE) as http,
+    ):
+        body = {"prompt": "Once", "max_tokens": 3000, "timeout": 4}
+        with http.stream("POST", "/v1/streams", json=body) as stream:
+            lines = stream.iter_lines()
+            assert any(line == "event: delta" for line in lines)
+            late = http.post(
+                "/v1/completions", json={"prompt": "hi"}, headers={"X-Request-Timeout": "0.3"}
+            )
+            assert (late.status_code, late.json()["error"]["type"]) == (504, "timeout")
+            data = [line for line in lines if line.startswith("data:")]
+        assert json.loads(data[-1].removeprefix("data:"))["finish_reason"] == "deadline"
