@@ -52,7 +52,7 @@ class Delivered:
     def __init__(self, started: pb.Started, max_tokens: int) -> None:
         self._started = started
         self._max_tokens = max_tokens
-        self._sequence_number = 0
+        self.sequence_number = 0  # of the last message
         self._num_tokens = 0
         self._choices: dict[int, _Choice] = {}
         self.is_whole = False  # the last message has been read
@@ -63,7 +63,7 @@ class Delivered:
 
     def take(self, message: pb.GenerateResponse) -> None:
         """Adds a message that follows the header."""
-        self._sequence_number = message.sequence_number
+        self.sequence_number = message.sequence_number
         if message.HasField("delta"):
             if not message.delta.is_prompt:
                 self._num_tokens += len(message.delta.token_ids)
@@ -90,7 +90,7 @@ class Delivered:
         rest.continuation.SetInParent()
         for index, choice in self._choices.items():
             rest.continuation.choices.append(choice.message(index))
-        rest.continuation.sequence_number = self._sequence_number
+        rest.continuation.sequence_number = self.sequence_number
         if request.HasField("resume_window") and started.HasField("resume_id"):
             rest.continuation.resume_id = started.resume_id
         return rest

@@ -124,7 +124,7 @@ class WorkerStream:
         delivered = self._delivered
         if delivered is None or not _is_lost(error) or self._worker is None:
             raise error
-        lost = self._worker
+        lost, number = self._worker, delivered.sequence_number
         is_moved = not delivered.is_too_long and await self._continue(delivered, lost, error)
         outcome = "continued" if is_moved else "failed"
         self._workers.metrics.failovers.labels(outcome).inc()
@@ -133,6 +133,7 @@ class WorkerStream:
             request_id=self._request.request_id,
             target=lost.target,
             outcome=outcome,
+            sequence_number=number,
             grpc_details=error.grpc_details,
         )
         if not is_moved:

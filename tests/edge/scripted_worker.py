@@ -59,7 +59,7 @@ class ScriptedCall:
         self.context = context
         self.was_cancelled = False
         self.ended = asyncio.Event()
-        self._sequence_number = 0
+        self._sequence_number = request.continuation.sequence_number
 
     async def send(self, **event: Any) -> None:
         """Sends one message."""

@@ -57,11 +57,10 @@ def body_of(number: int) -> tuple[str, dict[str, Any]]:
 
 def read_native(events: list[Event]) -> dict[str, Any]:
     """What the events say together; how many there are depends on the reader's pace."""
-    assert [event.last_event_id.rpartition("-")[0] for event in events[:-1]].count("") == 0
     *_, last = events
     assert last.type == "finished", last
     deltas = [event.json() for event in events if event.type == "delta"]
-    numbers = [int(event.last_event_id.removesuffix("-end").rpartition("-")[2]) for event in events]
+    numbers = [number_of(event) for event in events]
     assert numbers == sorted(set(numbers))  # heartbeats of the worker have numbers too
     assert [event.type for event in events].count("started") == 1
     assert not any("token_ids" in delta for delta in deltas)
@@ -149,8 +148,8 @@ def test_no_stream_is_harmed_when_its_worker_is(
     answers = asyncio.run(generate_all(cluster, numbers, lambda: worker.send(number)))
     for index, answer in zip(numbers, answers, strict=True):
         assert answer == uncut[index]
+    wait_until(lambda: len(cluster.lines("stream lost its worker")) > moved)
     moves = cluster.lines("stream lost its worker")[moved:]
-    assert moves
     assert {line["outcome"] for line in moves} == {"continued"}
     assert {line["target"] for line in moves} == {worker.address}
 
@@ -161,6 +160,35 @@ def test_no_stream_is_harmed_when_its_worker_is(
     asyncio.run(generate_all(cluster, [0, 1]))
     assert worker.load().generated_tokens > 0  # it takes its share again
     assert other.log.process.poll() is None
+
+
+def number_of(event: Event) -> int:
+    return int(event.last_event_id.removesuffix("-end").rpartition("-")[2])
+
+
+def test_a_reader_who_comes_back_after_a_failover_misses_nothing() -> None:
+    body = {"prompt": "go", "max_tokens": 1000, "resume_window": 60}
+    with (
+        running_cluster(2, {"step_milliseconds": 5}, worker_module=SCRIPTED) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
+    ):
+        uncut = read_native(parse(http.post("/v1/streams", json=body).content).events)
+        with http.stream("POST", "/v1/streams", json=body) as response:
+            pieces = response.iter_bytes()
+            data = next(pieces)
+            (worker,) = (worker for worker in cluster.workers if worker.load().running)
+            worker.send(signal.SIGKILL)
+            wait_until(lambda: bool(cluster.lines("stream lost its worker")))
+            (loss,) = cluster.lines("stream lost its worker")
+            assert loss["outcome"] == "continued"
+            while number_of(parse(data).events[-1]) <= loss["sequence_number"]:
+                data += next(pieces)
+        events = parse(data).events  # and then the connection broke
+        assert events[-1].type == "delta"
+        headers = {"last-event-id": events[-1].last_event_id}
+        rest = http.post("/v1/streams", json=body, headers=headers)
+        assert rest.status_code == 200
+        assert read_native([*events, *parse(rest.content).events]) == uncut
 
 
 def stream_until_text(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
@@ -223,4 +251,6 @@ def test_a_stream_longer_than_is_remembered_is_not_continued() -> None:
                 worker.send(signal.SIGKILL)
         *_, last = lines
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "unavailable"
-        assert cluster.lines("stream lost its worker")[-1]["outcome"] == "failed"
+        wait_until(lambda: bool(cluster.lines("stream lost its worker")))
+        (loss,) = cluster.lines("stream lost its worker")
+        assert loss["outcome"] == "failed"

@@ -130,6 +130,23 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ),
     ("continuation.choices[0].text_characters", continued(DELIVERED(text_characters=5000))),
     ("continuation.choices[0].echoed_tokens", continued(DELIVERED(echoed_tokens=1))),
+    ("continuation.choices[0].reasoning_characters", continued(DELIVERED(reasoning_characters=1))),
+    ("continuation.choices[0].tool_calls", continued(DELIVERED(tool_calls=1))),
+    (
+        "continuation.choices[0].completion_tokens",
+        continued(DELIVERED(completion_tokens=1, tool_calls=1), n=2),
+    ),
+    (
+        "continuation.sequence_number",
+        {
+            "continuation": pb.Continuation(sequence_number=2**64 - 1),
+            "sampling": pb.Sampling(temperature=0),
+        },
+    ),
+    (
+        "continuation.resume_id",
+        {"continuation": pb.Continuation(resume_id=f"rs_{'0' * 48}")},
+    ),
     (
         "continuation.choices[0].echoed_tokens",
         continued(DELIVERED(echoed_tokens=1_000), output=pb.Output(echo=True)),

@@ -300,6 +300,53 @@ async def test_streams_and_bytes_are_bounded() -> None:
         assert refusal.info.reason == "STREAM_GONE", "but not all of it is kept"
 
 
+async def test_a_stream_that_went_on_at_another_worker_is_resumed_there_by_its_name() -> None:
+    request = generate_request(
+        max_tokens=200,
+        is_continuable=True,
+        resume_window=window(),
+        output=pb.Output(token_ids=True),
+    )
+    async with serve_script(**SLOW) as first, serve_script(**SLOW) as second:
+        uncut = StreamRecord().add(await read_rest(first.stub.Generate(request)))
+        call = first.stub.Generate(request)
+        begun = await read_until(call, "delta")
+        call.cancel()
+        joined = StreamRecord().add(begun)
+        started = begun[0].started
+        rest = joined.going_on(request)
+        rest.continuation.sequence_number = begun[-1].sequence_number
+        rest.continuation.resume_id = started.resume_id
+
+        call = second.stub.Generate(rest)
+        more = await read_until(call, "delta")
+        call.cancel()
+        assert numbers(more) == [begun[-1].sequence_number + i for i in range(len(more))]
+        assert more[0].started.resume_id == started.resume_id
+        last = more[-1].sequence_number
+        end = await read_rest(resume(second, started.resume_id, last))
+        assert numbers(end) == [last + 1 + i for i in range(len(end))]
+        assert untimed(joined.add(more).add(end)) == untimed(uncut)
+
+        # what the first worker sent is not here, and the header is not what it sent under this number
+        for after in (None, begun[-1].sequence_number - 1):
+            refusal = await refusal_of(resume(second, started.resume_id, after))
+            assert refusal.code == grpc.StatusCode.OUT_OF_RANGE
+        # nobody takes the name of a stream that is kept here
+        taken = await begin(second.stub.Generate(rest))
+        assert taken.resume_id != started.resume_id
+
+
+async def test_who_resumes_sees_no_token_ids_that_were_for_a_continuation() -> None:
+    async with serve_script() as worker:
+        call = kept(worker, is_continuable=True, max_tokens=20)
+        started = await begin(call)
+        first = StreamRecord().add(await read_rest(call)).choices[0]
+        assert len(first.token_ids) == 20
+        again = StreamRecord().add(await read_rest(resume(worker, started.resume_id))).choices[0]
+        assert (again.text, again.token_ids) == (first.text, [])
+
+
 async def test_a_slow_reader_holds_nobody_up_and_misses_nothing() -> None:
     async with (
         serve_script(**LONG_STREAMS) as worker,

@@ -183,10 +183,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """
     is_continuable: builtins.bool
     """The caller goes on with the stream by `continuation` on another worker, should this one be lost. Deltas then carry
-    token_ids whether or not output.token_ids asks for them, those of tokens without text with the next text; and the
-    worker's shutdown ends the stream UNAVAILABLE, with the reason SHUTDOWN, before any text that is held back, where
-    otherwise it ends with FINISH_REASON_SHUTDOWN. Nothing happens on a worker that takes no continuations: `started`
-    tells. Default: false.
+    token_ids whether or not output.token_ids asks for them (but not what a Resume reads), those of tokens without text
+    with the next text; and the worker's shutdown ends the stream UNAVAILABLE, with the reason SHUTDOWN, before any text
+    that is held back, where otherwise it ends with FINISH_REASON_SHUTDOWN. Nothing happens on a worker that takes no
+    continuations: `started` tells. Default: false.
     """
     @property
     def prompt(self) -> Global___Prompt:

@@ -1,0 +1,247 @@
+"""What the edge asks of another worker when a stream loses its own, and what the client sees of it: nothing."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from protos.sluice.v1 import generation_pb2 as pb
+from tests.edge.edge_process import PATIENCE
+from tests.edge.pool import Pool, running_pool, until
+from tests.edge.scripted_worker import (
+    ScriptedCall,
+    bad_field,
+    error_info,
+    failing,
+    retry_in,
+)
+from tests.edge.sse import Event, parse
+
+Code = grpc.StatusCode
+STREAM = {"prompt": "go", "max_tokens": 16}
+
+
+async def begin(call: ScriptedCall) -> None:
+    await call.started(is_continuable=True)
+    await call.delta("Hé", token_ids=[1, 2], token_count=2)
+
+
+async def end(call: ScriptedCall) -> None:
+    await call.started(is_continuable=True)
+    await call.delta("llo", token_ids=[3])
+    await call.finished(completion_tokens=3)
+
+
+def set_scripts(pool: Pool, first: Any, then: Any) -> None:
+    """Whichever worker begins the stream, and whichever continues it."""
+
+    async def script(call: ScriptedCall) -> None:
+        await (then if call.request.HasField("continuation") else first)(call)
+
+    for worker in pool.workers:
+        worker.script = script
+
+
+def lost_after(script: Any, code: grpc.StatusCode = Code.UNAVAILABLE, *details: Any) -> Any:
+    async def lost(call: ScriptedCall) -> None:
+        await script(call)
+        await call.fail(code, "gone", *details)
+
+    return lost
+
+
+def calls(pool: Pool) -> list[ScriptedCall]:
+    return [call for worker in pool.workers for call in worker.calls]
+
+
+def continuations(pool: Pool) -> list[pb.GenerateRequest]:
+    return [call.request for call in calls(pool) if call.request.HasField("continuation")]
+
+
+async def stream(pool: Pool, **fields: Any) -> list[Event]:
+    data = b""
+    async with pool.http.stream("POST", "/v1/streams", json=STREAM | fields) as response:
+        assert response.status_code == 200
+        with contextlib.suppress(httpx.RemoteProtocolError):  # how one ends that failed
+            async for piece in response.aiter_bytes():
+                data += piece
+    return parse(data).events
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.json()["text"] for event in events if event.type == "delta")
+
+
+async def test_the_other_worker_is_told_what_the_client_has() -> None:
+    async def first(call: ScriptedCall) -> None:
+        await begin(call)
+        await call.delta(
+            "",
+            choice=1,
+            token_ids=[7],
+            reasoning="Hm.",
+            tool_calls=[pb.ToolCallDelta(index=0, id="call_1", name="f", arguments='{"é')],
+        )
+        await call.finished(choice=2, completion_tokens=None)
+        await call.fail(Code.UNAVAILABLE)
+
+    async def then(call: ScriptedCall) -> None:
+        await call.started(is_continuable=True)
+        await call.delta("llo", token_ids=[3])
+        await call.finished(choice=0, completion_tokens=None)
+        await call.finished(choice=1, completion_tokens=3)
+
+    async with running_pool(2) as pool:
+        set_scripts(pool, first, then)
+        events = await stream(pool, n=3, top_p=0.5)
+        assert [event.type for event in events] == [
+            "started",
+            "delta",
+            "delta",
+            "finished",
+            "delta",
+            "finished",
+            "finished",
+        ]
+        numbers = [event.last_event_id.removesuffix("-end").split("-")[-1] for event in events]
+        assert numbers == [str(number) for number in range(7)]
+        assert text_of(events) == "Héllo"
+        assert not any("token_ids" in event.json() for event in events)
+
+        begun, rest = (call.request for call in sorted(calls(pool), key=_is_continuation))
+        assert begun.is_continuable
+        assert rest.is_continuable
+        assert rest.request_id == begun.request_id
+        assert rest.prompt == begun.prompt
+        assert (rest.sampling.seed, rest.stopping.max_tokens, rest.n) == (42, 16, 3)
+        assert rest.timeout.ToNanoseconds() < begun.timeout.ToNanoseconds()
+        expected = pb.Continuation(
+            sequence_number=3,
+            choices=[
+                pb.DeliveredChoice(choice_index=0, token_ids=[1, 2], text_characters=2),
+                pb.DeliveredChoice(
+                    choice_index=1,
+                    token_ids=[7],
+                    reasoning_characters=3,
+                    tool_calls=1,
+                    argument_characters=3,
+                ),
+                pb.DeliveredChoice(choice_index=2, completion_tokens=0),
+            ],
+        )
+        assert rest.continuation == expected
+        line = await pool.edge.line(lambda line: line.get("failovers") == 1)
+        assert line["status"] == 200
+
+
+def _is_continuation(call: ScriptedCall) -> bool:
+    return call.request.HasField("continuation")
+
+
+async def test_ids_are_shown_to_who_asked_for_them() -> None:
+    async with running_pool(2) as pool:
+        set_scripts(pool, lost_after(begin), end)
+        events = await stream(pool, return_token_ids=True)
+        shown = [event.json().get("token_ids") for event in events if event.type == "delta"]
+        assert shown == [[1, 2], [3]]
+
+
+async def test_one_worker_alone_is_not_asked_for_more_than_the_client_wants() -> None:
+    async with running_pool(1) as pool:
+        set_scripts(pool, lost_after(begin), end)
+        assert (await stream(pool))[-1].type == "failed"
+        assert not calls(pool)[0].request.is_continuable
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lost_after(begin, Code.UNAVAILABLE),
+        lost_after(begin, Code.UNAVAILABLE, error_info("SHUTDOWN"), retry_in(1)),
+        # as a server ends its calls when it stops
+        lost_after(begin, Code.CANCELLED),
+    ],
+)
+async def test_whatever_way_a_worker_goes_another_one_goes_on(loss: Any) -> None:
+    async with running_pool(2) as pool:
+        set_scripts(pool, loss, end)
+        assert text_of(await stream(pool)) == "Héllo"
+
+
+async def test_a_stream_that_lacks_its_status_alone_is_over() -> None:
+    async with running_pool(2) as pool:
+        set_scripts(pool, lost_after(end), end)
+        assert (await stream(pool))[-1].type == "finished"
+        assert len(calls(pool)) == 1
+
+
+async def test_what_is_no_loss_is_not_tried_again() -> None:
+    async def is_not_continuable(call: ScriptedCall) -> None:
+        await call.started()
+        await call.fail(Code.UNAVAILABLE)
+
+    async with running_pool(2) as pool:
+        for first in (
+            is_not_continuable,
+            lost_after(begin, Code.INTERNAL, error_info("INTERNAL")),
+            lost_after(begin, Code.ABORTED, error_info("SLOW_READER")),
+        ):
+            set_scripts(pool, first, end)
+            assert (await stream(pool))[-1].type == "failed"
+        assert not continuations(pool)
+
+
+async def test_a_continuation_that_is_refused_is_the_failure_of_the_stream() -> None:
+    async with running_pool(3) as pool:
+        refusal = failing(Code.INVALID_ARGUMENT, "no", bad_field("continuation"))
+        set_scripts(pool, lost_after(begin), refusal)
+        failed = (await stream(pool))[-1]
+        assert failed.json()["error"]["type"] == "unavailable"  # which is the truth about it
+        assert len(continuations(pool)) == 1
+
+
+async def test_a_worker_that_is_full_is_asked_again_and_crashes_are_counted() -> None:
+    async with running_pool(2, failover_attempts=1) as pool:
+        refusals = [
+            failing(Code.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(1)),
+            failing(Code.ALREADY_EXISTS, "still there", error_info("REQUEST_EXISTS")),
+            failing(Code.UNAVAILABLE, "stops", error_info("DRAINING"), retry_in(1)),
+        ]
+
+        async def then(call: ScriptedCall) -> None:
+            await (refusals.pop(0) if refusals else end)(call)
+
+        set_scripts(pool, lost_after(begin), then)
+        assert text_of(await stream(pool)) == "Héllo"
+        assert len(continuations(pool)) == 4
+
+        set_scripts(pool, lost_after(begin), failing(Code.UNAVAILABLE))
+        before = len(calls(pool))
+        assert (await stream(pool))[-1].type == "failed"
+        assert len(calls(pool)) == before + 2
+
+
+async def test_there_is_a_limit_to_the_search() -> None:
+    async with running_pool(2, failover_seconds=0.5) as pool:
+        full = failing(Code.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(1))
+        set_scripts(pool, lost_after(begin), full)
+        assert (await stream(pool))[-1].type == "failed"
+        assert continuations(pool)
+
+
+async def test_a_client_that_leaves_meanwhile_ends_the_search() -> None:
+    async with running_pool(2, failover_seconds=600) as pool:
+        full = failing(Code.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(1))
+        set_scripts(pool, lost_after(begin), full)
+        async with httpx.AsyncClient(base_url=pool.edge.url, trust_env=False) as http:
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post("/v1/streams", json=STREAM, timeout=httpx.Timeout(PATIENCE, read=1))
+        await pool.edge.line(lambda line: line["event"] == "request" and line["status"] == 499)
+        await until(lambda: all(call.ended.is_set() for call in calls(pool)))
+        assert continuations(pool)
+        count = len(calls(pool))
+        await asyncio.sleep(1)  # some rounds of the search
+        assert len(calls(pool)) == count
