@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,7 +108,15 @@ def test_an_answer_in_one_piece_that_nobody_waits_for_ends_at_once(slow: Stack) 
     with socket.create_connection(("127.0.0.1", slow.edge_port), timeout=PATIENCE) as connection:
         connection.sendall(head.encode() + payload)
         slow.wait_load(lambda load: load.running == 1)
+        num_lines = len(slow.worker.lines)
     slow.wait_idle()
+    deadline = time.monotonic() + PATIENCE
+    while not (
+        ended := [line for line in slow.worker.lines[num_lines:] if "finish_reasons" in line]
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ended[0]["finish_reasons"] == ["CANCELLED"], "it did not run to its end"
 
 
 @pytest.mark.parametrize(
