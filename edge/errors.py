@@ -43,6 +43,8 @@ class EdgeError(Exception):
     grpc_details: str | None = None
     # Of the worker's ErrorInfo.
     reason: str | None = None
+    # For how long the worker's refusal holds for all requests of the same key.
+    hold_ms: int | None = None
     # Whether only this connection fails: the stream goes on, for whoever comes back for the rest of it.
     is_resumable: bool = False
 
@@ -230,6 +232,7 @@ def _from_call_status(code: grpc.StatusCode, details: str | None, rich: bytes | 
     message = shown or _FALLBACK_MESSAGES.get(code) or "The request was refused."
     error = _from_row(row, message, info.param, info.retry_ms)
     error.reason = info.reason
+    error.hold_ms = info.hold_ms
     if code is grpc.StatusCode.NOT_FOUND and info.reason and "REQUEST" in info.reason:
         error.code = "request_not_found"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and info.reason in OVERLOAD_CODES:
@@ -267,6 +270,7 @@ class _Details:
     param: str | None = None
     reason: str | None = None
     retry_ms: int | None = None
+    hold_ms: int | None = None
     is_ours: bool = False
 
     @classmethod
@@ -278,7 +282,7 @@ class _Details:
             status.ParseFromString(rich)
         except ValueError:  # protobuf's DecodeError is one
             return cls()
-        param = reason = retry_ms = None
+        param = reason = retry_ms = hold_ms = None
         is_ours = False
         bad, info = error_details_pb2.BadRequest(), error_details_pb2.ErrorInfo()
         retry = error_details_pb2.RetryInfo()
@@ -287,6 +291,11 @@ class _Details:
                 param, is_ours = bad.field_violations[0].field, True
             elif detail.Unpack(info):
                 reason, is_ours = info.reason, is_ours or info.domain == ERROR_DOMAIN
+                hold_ms = _number(info.metadata.get("hold_ms", ""))
             elif detail.Unpack(retry):
                 retry_ms, is_ours = retry.retry_delay.ToMilliseconds(), True
-        return cls(param, reason, retry_ms, is_ours)
+        return cls(param, reason, retry_ms, hold_ms, is_ours)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None

@@ -113,6 +113,11 @@ class EdgeMetrics:
             "Calls begun on another worker before the first message.",
             registry=registry,
         )
+        self.repeated_refusals = Counter(
+            "sluice_edge_refusals_repeated",
+            "Refusals that a worker had said to hold for a moment, without asking it again.",
+            registry=registry,
+        )
         self.failovers = Counter(
             "sluice_edge_failovers",
             "Streams whose worker was lost after their first message.",

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from edge.errors import DETAILS_KEY, EdgeError, from_status
+from edge.refusals import Refusals
 from edge.settings import EdgeSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
@@ -19,8 +19,6 @@ from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
 GenerateCall = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
 
 _WATCH_RETRY_SECONDS = 0.25
-# How long a worker counts as full after it refused a request for want of room.
-_FULL_SECONDS = 1.0
 _log = structlog.get_logger("edge.worker")
 
 
@@ -93,7 +91,7 @@ class WorkerClient:
         self._is_known = False
         self._is_reachable = False
         self._outstanding = 0
-        self._full_until = 0.0
+        self.refusals = Refusals()
 
     def start(self) -> None:
         """Opens the channel and begins to watch the worker's health."""
@@ -136,21 +134,16 @@ class WorkerClient:
         """Generations that this edge has with it."""
         return self._outstanding
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it lately refused a request for want of room: fewest outstanding here may be most elsewhere."""
-        return time.monotonic() < self._full_until
-
-    def refused(self) -> None:
-        """Notes such a refusal."""
-        self._full_until = time.monotonic() + _FULL_SECONDS
-
     def generate(self, request: pb.GenerateRequest, timeout_seconds: float) -> GenerateCall:
         """Begins a generation. The caller must cancel the call in `finally`."""
         call = self._stub.Generate(request, timeout=timeout_seconds)
         self._outstanding += 1
         call.add_done_callback(self._generated)
         return call
+
+    def began(self, call: GenerateCall) -> None:
+        """Notes that it was let in: once it ends, others may be."""
+        call.add_done_callback(lambda _: self.refusals.forget())
 
     def _generated(self, _: Any) -> None:
         self._outstanding -= 1

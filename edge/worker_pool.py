@@ -101,7 +101,7 @@ class WorkerPool:
         One that is full is last. None where no worker serves.
         """
         ranks = {
-            client: (client.is_full, client.outstanding)
+            client: (client.refusals.is_full, client.outstanding)
             for client in self._clients.values()
             if client.is_serving and client not in excluded
         }

@@ -93,7 +93,7 @@ class WorkerStream:
         tried: list[WorkerClient] = []
         while True:
             try:
-                message = await self._read(self._generate(worker, self._request))
+                message = await self._ask(worker)
             except EdgeError as error:
                 tried.append(worker)
                 other = self._other(tried, error)
@@ -106,16 +106,31 @@ class WorkerStream:
                 self._delivered = Delivered(message.started, self._settings.failover_tokens)
             return message
 
+    async def _ask(self, worker: WorkerClient) -> pb.GenerateResponse | None:
+        """The first message. Raises also what the worker said to a request like this one a moment ago."""
+        key_id = self._request.caller.key_id
+        refusal = worker.refusals.repeated(key_id)
+        if refusal is not None:
+            self._workers.metrics.repeated_refusals.inc()
+            raise refusal
+        call = self._generate(worker, self._request)
+        try:
+            message = await self._read(call)
+        except EdgeError as error:
+            if _is_want_of_room(error):
+                worker.refusals.note(key_id, error)
+            raise
+        worker.began(call)
+        return message
+
     def _other(self, tried: list[WorkerClient], error: EdgeError) -> WorkerClient | None:
         """Another worker for a request that the last one did not begin, unless it has been to enough of them."""
         if _is_lost(error):
             if self._may_go_on_after(error):
                 return self._workers.pick(tried)
-        # a 413 is of the request's size, which no worker would take
-        elif error.status == 429 and error.reason != _KEY_LIMIT:
-            tried[-1].refused()
+        elif _is_want_of_room(error):
             other = self._workers.pick(tried)
-            if len(tried) < _REFUSALS and other is not None and not other.is_full:
+            if len(tried) < _REFUSALS and other is not None and not other.refusals.is_full:
                 return other
         return None
 
@@ -217,6 +232,11 @@ class WorkerStream:
 
 def _is_lost(error: EdgeError) -> bool:
     return error.grpc_code in _LOST
+
+
+def _is_want_of_room(error: EdgeError) -> bool:
+    """Whether another worker may have the room. A 413 is of the request's size, which none would take."""
+    return error.status == 429 and error.reason != _KEY_LIMIT
 
 
 def _may_pass(error: EdgeError) -> bool:

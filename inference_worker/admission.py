@@ -24,6 +24,7 @@ from inference_worker.key_limits import KeyLimits, KeyTicket
 
 MIN_RETRY_SECONDS: Final = 1.0
 MAX_RETRY_SECONDS: Final = 5.0
+MAX_HOLD_SECONDS: Final = 0.05
 # A key that has some waiting may add to them while they are at most so many times what stays free (the dynamic
 # threshold of Choudhury and Hahne, 1998). So one key alone fills eight ninths of the queue, and another finds room.
 _KEY_SHARE: Final = 8
@@ -125,9 +126,22 @@ class Admission:
         seconds = self.forecast.seconds_per_request * (self.waiting_requests + 1)
         return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 
+    def _hold(self) -> float:
+        """Seconds for which a refusal by the queue's length may stand for those of all requests of the same key.
+
+        0 if a smaller request may yet find a slot and blocks, which it need not wait for. Otherwise until the next
+        request is expected to leave: at most one place is left open meanwhile. Where none wait that would be a slot.
+        """
+        limits = self.limits
+        has_slot = self.sequences < limits.max_running
+        has_blocks = limits.total_blocks == 0 or self.blocks < limits.total_blocks
+        if not self.waiting_requests or (has_slot and has_blocks):
+            return 0.0
+        return min(self.forecast.seconds_per_request or MAX_HOLD_SECONDS, MAX_HOLD_SECONDS)
+
     def _check_queue(self, prompt_tokens: int) -> None:
         if self.waiting_requests >= self.limits.max_waiting:
-            raise QueueFull(self.limits.max_waiting, self.retry_after())
+            raise QueueFull(self.limits.max_waiting, self.retry_after(), self._hold())
         self._check_tokens(prompt_tokens, self.waiting_tokens, self.waiting_blocks)
 
     def _check_share(self, prompt_tokens: int, caller: Caller) -> None:
@@ -135,12 +149,13 @@ class Admission:
             return
         limits = self.limits
         blocks = limits.count_blocks(prompt_tokens)
+        if _is_beyond_share(queue.length, 1, self.waiting_requests, limits.max_waiting):
+            raise QueueShareFull(caller.key_id, self.retry_after(), self._hold())
         for own, size, total, limit in (
-            (queue.length, 1, self.waiting_requests, limits.max_waiting),
             (queue.waiting_tokens, prompt_tokens, self.waiting_tokens, limits.max_waiting_tokens),
             (queue.waiting_blocks, blocks, self.waiting_blocks, limits.max_waiting_blocks),
         ):
-            if own + size > _KEY_SHARE * (limit - total - size) and size:
+            if size and _is_beyond_share(own, size, total, limit):
                 raise QueueShareFull(caller.key_id, self.retry_after())
 
     def _check_tokens(self, prompt_tokens: int, other_tokens: int, other_blocks: int) -> None:
@@ -311,6 +326,11 @@ class Ticket:
         self.finish_sequences()
         self._key.leave()
         self._admission.requests -= 1
+
+
+def _is_beyond_share(own: int, size: int, total: int, limit: int) -> bool:
+    """Whether a key that has `own` of the `total` that wait would take too much of the `limit` with `size` more."""
+    return own + size > _KEY_SHARE * (limit - total - size)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,9 @@ class SluiceError(Exception):
 
     field: str | None = None  # path of the request field at fault
     retry_after: float | None = None  # seconds, where retrying helps
+    hold: float = (
+        0.0  # seconds for which whoever calls may say it to others of the same key, without asking
+    )
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -77,17 +80,19 @@ class RequestExists(SluiceError):
 class QueueFull(SluiceError):
     """As many requests wait as may."""
 
-    def __init__(self, limit: int, retry_after: float) -> None:
+    def __init__(self, limit: int, retry_after: float, hold: float = 0.0) -> None:
         super().__init__(f"overloaded: {limit} requests are waiting already")
         self.retry_after = retry_after
+        self.hold = hold
 
 
 class QueueShareFull(SluiceError):
     """A key has so much waiting that others would find no room."""
 
-    def __init__(self, key_id: str, retry_after: float) -> None:
+    def __init__(self, key_id: str, retry_after: float, hold: float = 0.0) -> None:
         super().__init__(f"overloaded: the requests of {key_id} fill their share of the queue")
         self.retry_after = retry_after
+        self.hold = hold
 
 
 class TokenBudgetFull(SluiceError):
@@ -242,8 +247,11 @@ def status_of(error: SluiceError) -> Status:
     """Look the error up in the table."""
     code, reason = _TABLE[type(error)]
     message = _shorten(str(error), _MAX_MESSAGE_CHARS)
+    metadata = error.metadata
+    if hold_ms := round(error.hold * 1000):
+        metadata["hold_ms"] = str(hold_ms)
     details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN, metadata=error.metadata)
+        error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN, metadata=metadata)
     ]
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(

@@ -46,9 +46,9 @@ def retry_in(seconds: float) -> Any:
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
-def error_info(reason: str) -> Any:
+def error_info(reason: str, **metadata: str) -> Any:
     """What the worker puts into every failure."""
-    return error_details_pb2.ErrorInfo(reason=reason, domain="sluice")
+    return error_details_pb2.ErrorInfo(reason=reason, domain="sluice", metadata=metadata)
 
 
 class ScriptedCall:

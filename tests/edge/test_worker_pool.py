@@ -7,7 +7,8 @@ import grpc
 import httpx
 import pytest
 
-from edge import worker_client, worker_pool
+from edge import refusals, worker_pool
+from edge.errors import overloaded
 from edge.metrics import EdgeMetrics
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
@@ -88,7 +89,7 @@ async def test_how_often_is_limited() -> None:
 async def test_a_full_worker_is_not_preferred_for_having_nothing_of_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker_client, "_FULL_SECONDS", PATIENCE)
+    monkeypatch.setattr(refusals, "_FULL_SECONDS", PATIENCE)
     workers = [ScriptedWorker(), ScriptedWorker()]
     servers = [await start_server(worker, "127.0.0.1:0") for worker in workers]
     targets = ",".join(f"127.0.0.1:{port}" for _, port in servers)
@@ -103,9 +104,9 @@ async def test_a_full_worker_is_not_preferred_for_having_nothing_of_ours(
         assert other is not None
         call = other.generate(pb.GenerateRequest(), PATIENCE)
         assert pool.pick() is full
-        full.refused()
+        full.refusals.note("", overloaded("full"))
         assert [pool.pick(), pool.pick()] == [other, other]
-        other.refused()
+        other.refusals.note("", overloaded("full"))
         assert pool.pick() is full
         call.cancel()
     finally:

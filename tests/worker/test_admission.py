@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from inference_worker.admission import Admission, AdmissionLimits, Ticket
+from inference_worker.caller import Caller
 from inference_worker.errors import Draining, QueueFull, SluiceError, TokenBudgetFull
 
 
@@ -111,6 +114,69 @@ def test_idle_time_says_nothing_about_the_drain_rate() -> None:
     clock.now += 0.1
     first.release()
     assert admission.retry_after() == 1.0
+
+
+def full_admission(clock: Clock, max_waiting: int = 2) -> tuple[Admission, list[Ticket]]:
+    """One runs and two wait, each with a prompt of 10 tokens."""
+    admission = Admission(AdmissionLimits(1, max_waiting, max_waiting_tokens=100), clock)
+    return admission, [admission.admit(1, 10) for _ in range(3)]
+
+
+def hold_of(admission: Admission, *request: Any) -> float:
+    with pytest.raises(SluiceError) as refusal:
+        admission.admit(*request)
+    return refusal.value.hold
+
+
+def test_a_refusal_holds_until_the_next_one_leaves_but_not_for_long() -> None:
+    clock = Clock()
+    admission, tickets = full_admission(clock)
+    assert hold_of(admission, 1, 10) == 0.05  # no pace was seen yet
+    clock.now += 0.02
+    tickets[0].release()
+    tickets[1].leave_queue()
+    admission.admit(1, 10)
+    assert hold_of(admission, 1, 10) == pytest.approx(0.02)
+    clock.now += 3600
+    tickets[1].release()
+    tickets[2].leave_queue()
+    admission.admit(1, 10)
+    assert hold_of(admission, 1, 10) == 0.05
+
+
+def test_a_refusal_that_a_smaller_request_would_escape_does_not_hold() -> None:
+    for limits, first, second, refused, small in (
+        (AdmissionLimits(4, 1, 100), (2, 10), (3, 10), (2, 10), (1, 10)),
+        (AdmissionLimits(9, 1, 100, total_blocks=4, block_size=10), (1, 20), (1, 30), (1, 20), (1, 10)),
+    ):  # fmt: skip
+        admission = Admission(limits, Clock())
+        running, waiting = admission.admit(*first), admission.admit(*second)
+        assert waiting.is_waiting
+        assert hold_of(admission, *refused) > 0
+        running.release()  # one slot or block is free now, and the engine does not yet know of it
+        assert hold_of(admission, *refused) == 0.0
+        assert not admission.admit(*small).is_waiting
+        assert hold_of(admission, *refused) > 0
+
+
+def test_a_refusal_for_its_tokens_or_without_a_queue_does_not_hold() -> None:
+    admission, _ = full_admission(Clock(), max_waiting=3)
+    assert hold_of(admission, 1, 81) == 0.0
+    admission = Admission(AdmissionLimits(1, max_waiting=0, max_waiting_tokens=100))
+    admission.admit(1, 10)
+    assert hold_of(admission, 1, 10) == 0.0  # a slot would be left open
+
+
+def test_a_key_is_held_when_its_share_is_full_and_not_for_its_tokens() -> None:
+    limits = AdmissionLimits(max_running=1, max_waiting=9, max_waiting_tokens=90)
+    admission = Admission(limits, Clock())
+    for _ in range(7):
+        admission.admit(1, 1, Caller("a"))
+    assert hold_of(admission, 1, 82, Caller("a")) == 0.0
+    admission.admit(1, 1, Caller("a"))
+    admission.admit(1, 1, Caller("a"))
+    assert hold_of(admission, 1, 1, Caller("a")) > 0
+    assert admission.admit(1, 1, Caller("b")).is_waiting
 
 
 class AdmissionMachine(RuleBasedStateMachine):

@@ -23,6 +23,7 @@ async def test_slots_then_queue_then_refusal() -> None:
         assert refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refusal.info.reason == "QUEUE_FULL"
         assert 1 <= refusal.retry_seconds <= 5
+        assert 1 <= int(refusal.info.metadata["hold_ms"]) <= 50
         calls.pop().cancel()  # a place in the queue is free again
         await worker.wait_for(requests=3)
         calls.append(worker.stub.Generate(generate_request()))

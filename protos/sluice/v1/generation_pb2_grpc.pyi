@@ -197,7 +197,8 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model; a
     stream to resume that is unknown here, expired or another key's), OUT_OF_RANGE (messages to resume that are no
     longer kept), ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo and one of the reasons QUEUE_FULL
-    (slots and queue), TOKEN_BUDGET (the queue's prompt tokens, or their KV blocks), WOULD_MISS_DEADLINE and KEY_LIMIT
+    (slots and queue; `hold_ms` in ErrorInfo's metadata, where there is one, says for how long a caller that asks for
+    many may give others of the same key the same answer without asking), TOKEN_BUDGET (the queue's prompt tokens, or their KV blocks), WOULD_MISS_DEADLINE and KEY_LIMIT
     (the caller's own limits), UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read
     for --send-timeout-seconds; or, with the reason TAKEN_OVER, another call resumed the stream), INTERNAL (this request
     failed; others are unharmed).
@@ -265,7 +266,8 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model; a
         stream to resume that is unknown here, expired or another key's), OUT_OF_RANGE (messages to resume that are no
         longer kept), ALREADY_EXISTS (request_id in use), RESOURCE_EXHAUSTED with RetryInfo and one of the reasons QUEUE_FULL
-        (slots and queue), TOKEN_BUDGET (the queue's prompt tokens, or their KV blocks), WOULD_MISS_DEADLINE and KEY_LIMIT
+        (slots and queue; `hold_ms` in ErrorInfo's metadata, where there is one, says for how long a caller that asks for
+        many may give others of the same key the same answer without asking), TOKEN_BUDGET (the queue's prompt tokens, or their KV blocks), WOULD_MISS_DEADLINE and KEY_LIMIT
         (the caller's own limits), UNAVAILABLE with RetryInfo (draining), DEADLINE_EXCEEDED, ABORTED (the caller did not read
         for --send-timeout-seconds; or, with the reason TAKEN_OVER, another call resumed the stream), INTERNAL (this request
         failed; others are unharmed).
