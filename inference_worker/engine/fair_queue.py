@@ -98,6 +98,8 @@ class FairQueue(Generic[Item]):
         counter = self._counters.get(share.key_id)
         if counter is None:  # it was forgotten while it ran
             counter = self._floor()
+            self._counters[share.key_id] = counter
+            self._forget_some()
         self._counters[share.key_id] = counter + tokens / share.weight
 
     def position(self, share: Share) -> int:

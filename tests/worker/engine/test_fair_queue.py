@@ -185,3 +185,13 @@ def test_the_counters_of_keys_that_are_gone_are_forgotten(monkeypatch: pytest.Mo
         queue.charge(key, 1000 - number)
     assert len(queue._counters) <= 10 + 2
     assert queue.first() == "w"
+
+
+def test_keys_that_are_served_without_waiting_are_forgotten_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fair_queue_module, "MAX_KEYS", 10)
+    queue: FairQueue[str] = FairQueue()
+    for number in range(100):
+        queue.charge(Share(f"k{number}"), 1)
+    assert len(queue._counters) <= 10 + 2
