@@ -11,7 +11,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from inference_worker.admission import Admission, AdmissionLimits, Ticket
 from inference_worker.caller import Caller
-from inference_worker.errors import Draining, QueueFull, SluiceError, TokenBudgetFull
+from inference_worker.errors import (
+    Draining,
+    QueueFull,
+    SluiceError,
+    TokenBudgetFull,
+    WouldMissDeadline,
+)
 
 
 class Clock:
@@ -177,6 +183,19 @@ def test_a_key_is_held_when_its_share_is_full_and_not_for_its_tokens() -> None:
     admission.admit(1, 1, Caller("a"))
     assert hold_of(admission, 1, 1, Caller("a")) > 0
     assert admission.admit(1, 1, Caller("b")).is_waiting
+
+
+def test_a_pace_of_long_ago_refuses_nobody() -> None:
+    clock = Clock()
+    admission = Admission(AdmissionLimits(1, max_waiting=9, max_waiting_tokens=100), clock)
+    first, second = admission.admit(1, 1), admission.admit(1, 1)
+    clock.now += 100
+    first.release()  # a request takes 100 seconds, as it seems
+    second.leave_queue()
+    with pytest.raises(WouldMissDeadline):
+        admission.admit(1, 1, seconds_left=50)
+    clock.now += 201  # and that nobody may wait keeps it from being seen that it does not
+    assert admission.admit(1, 1, seconds_left=50).is_waiting
 
 
 class AdmissionMachine(RuleBasedStateMachine):

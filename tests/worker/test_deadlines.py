@@ -115,7 +115,7 @@ async def test_one_that_would_miss_its_deadline_is_refused_at_once() -> None:
         await read_until(waiting, "started")
         admission = worker.worker._admission
         assert admission.forecast.seconds_per_request > 0
-        admission.forecast.seconds_per_request = 60.0  # as if it had taken a minute
+        admission.forecast._request._seconds = 60.0  # as if it had taken a minute
         refusal = await refusal_of(worker.stub.Generate(within(100)))
         assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refusal.info.reason == "WOULD_MISS_DEADLINE"
@@ -132,9 +132,12 @@ async def test_the_deadline_of_a_prompt_that_is_still_being_tokenized(
     async with serve_script() as worker:
         go_on = threading.Event()
         encode = worker.served.tokenizer.encode
-        monkeypatch.setattr(
-            worker.served.tokenizer, "encode", lambda text: go_on.wait(60) and encode(text)
-        )
+
+        def wait_and_encode(text: str, *, special_tokens: bool) -> list[int]:
+            go_on.wait(60)
+            return encode(text, special_tokens=special_tokens)
+
+        monkeypatch.setattr(worker.served.tokenizer, "encode", wait_and_encode)
         refusal = await refusal_of(worker.stub.Generate(within(0.1)))
         go_on.set()
         assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
