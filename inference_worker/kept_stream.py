@@ -85,6 +85,11 @@ class KeptStream:
         """Whether somebody reads it now."""
         return self._reader is not None
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return self.replay.num_bytes + len(self.terms.annotation)
+
     def is_of(self, key_id: str) -> bool:
         """Whether the key is the one that began it."""
         return hmac.compare_digest(self.terms.key_id.encode(), key_id.encode())
@@ -102,11 +107,11 @@ class KeptStream:
     def resume(self, number: int, *, is_snapshot: bool) -> Messages:
         """The messages from this number on: to the stream's end, or those that there are now.
 
-        Raises: InvalidField, if the number before has not been read by anybody; StreamGone, if another worker had this
-        one; once iterated, as `read`.
+        Raises: InvalidField, if the number before has not been read by anybody; StreamGone, if this one is no longer
+        kept, or another worker had it; once iterated, as `read`. Who is refused takes the stream from nobody.
         """
-        if self.terms.header_number is not None and number <= self.terms.header_number:
-            raise StreamGone(self.terms.header_number + 1)
+        if number < (first := self._first):
+            raise StreamGone(first)
         if number > self.replay.next_unread:
             raise InvalidField(
                 "resume.after_sequence_number", f"there is no message {number - 1} yet"
@@ -147,6 +152,12 @@ class KeptStream:
             yield self._resumed(message)
         if is_over and self._error is not None:
             raise self._error
+
+    @property
+    def _first(self) -> int:
+        """Number of the first message that can be read again. A header in place of another worker's message cannot."""
+        header = self.terms.header_number
+        return max(self.replay.first, header + 1) if header else self.replay.first
 
     async def wait_unread(self) -> None:
         """Wait until its present reader has gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -34,9 +35,10 @@ class ReplayLimits:
 class KeptStreams:
     """Used from the event loop only.
 
-    Invariant: `num_bytes` is at most `max_total_bytes` and, of each stream, one message. Where that or the number of
-    streams is reached, streams that have ended go first, longest ended first; then a new stream is not kept, and one
-    that grows loses its oldest messages.
+    Invariant: `num_bytes` is at most `max_total_bytes` and, of each stream, one message; those streams that have not
+    begun left aside, with their annotations, since they make room only once they do: a request that is refused takes
+    nothing from anybody. Streams that have ended make way first, longest ended first; where that is not enough a new
+    stream is not kept, and one that grows loses its oldest messages.
     """
 
     def __init__(self, limits: ReplayLimits) -> None:
@@ -58,9 +60,8 @@ class KeptStreams:
         room = limits.max_bytes - len(terms.annotation)
         if terms.window == 0 or room <= MESSAGE_OVERHEAD:
             return None
-        while len(self._streams) >= limits.max_streams:
-            if not self._drop_ended():
-                return None
+        if not self._could_hold(len(terms.annotation)):
+            return None
         if terms.resume_id in self._streams:
             terms = replace(terms, resume_id=None)
         first = terms.header_number or 0
@@ -95,7 +96,9 @@ class KeptStreams:
             stream.cancel()
 
     def note_begin(self, stream: KeptStream) -> None:
-        """From now on its tag means it; a request that is refused takes no other's."""
+        """It has its place now, and its tag means it; a request that is refused takes no other's."""
+        while len(self._streams) > self._limits.max_streams and self._drop_ended():
+            pass
         if stream.terms.tag is not None:
             self._tagged[stream.terms.key_id, stream.terms.tag] = stream
 
@@ -120,13 +123,26 @@ class KeptStreams:
         stream.replay.clear()
         self._grow(-len(stream.terms.annotation))
 
+    def _could_hold(self, size: int) -> bool:
+        """Whether one more stream of so many bytes has a place, if all that have ended made way."""
+        surplus = len(self._streams) + 1 - self._limits.max_streams
+        excess = self.num_bytes + size + 1 - self._limits.max_total_bytes
+        for stream in self._unread_ended():
+            if surplus <= 0 and excess <= 0:
+                break
+            surplus -= 1
+            excess -= stream.num_bytes
+        return surplus <= 0 and excess <= 0
+
     def _drop_ended(self) -> bool:
         """Forget the stream that ended longest ago and that nobody reads."""
-        for stream in self._ended:
-            if not stream.is_read:
-                stream.cancel()
-                return True
-        return False
+        if (stream := next(self._unread_ended(), None)) is not None:
+            stream.cancel()
+        return stream is not None
+
+    def _unread_ended(self) -> Iterator[KeptStream]:
+        """Those that may go, the one that ended longest ago first."""
+        return (stream for stream in self._ended if not stream.is_read)
 
     def _grow(self, size: int) -> None:
         self.num_bytes += size

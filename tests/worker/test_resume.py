@@ -201,6 +201,17 @@ async def test_a_resume_takes_the_stream_over() -> None:
         assert reasons(await read_rest(newer)) == ["CANCELLED"]
 
 
+async def test_who_asks_for_what_is_gone_takes_the_stream_from_nobody() -> None:
+    async with serve_script(replay_messages=2, **SLOW) as worker:
+        call = kept(worker, **ENDLESS)
+        started = await begin(call)
+        while (await read_until(call, "delta"))[-1].sequence_number < 4:
+            pass
+        assert (await refusal_of(resume(worker, started.resume_id))).info.reason == "STREAM_GONE"
+        await end(worker, started)
+        assert reasons(await read_rest(call)) == ["CANCELLED"]
+
+
 async def test_a_snapshot_leaves_the_stream_to_its_reader() -> None:
     async with serve_script(**SLOW) as worker:
         call = kept(worker, annotation=b"note", **ENDLESS)
@@ -298,6 +309,30 @@ async def test_streams_and_bytes_are_bounded() -> None:
         assert whole.started is not None
         refusal = await refusal_of(resume(worker, whole.started.resume_id))
         assert refusal.info.reason == "STREAM_GONE", "but not all of it is kept"
+
+
+async def test_a_request_that_is_refused_makes_no_stream_go() -> None:
+    async with serve_script(max_running=1, max_waiting=1, replay_streams=1, **SLOW) as worker:
+        ended = await worker.generate(resume_window=window())
+        filling = [worker.stub.Generate(generate_request(**ENDLESS)) for _ in range(2)]
+        for call in filling:
+            await read_until(call, "started")
+        assert (await refusal_of(kept(worker))).info.reason == "QUEUE_FULL"
+        assert await read_rest(resume(worker, ended[0].started.resume_id)) == ended
+        for call in filling:
+            call.cancel()
+
+
+async def test_annotations_are_bounded_with_the_rest() -> None:
+    async with serve_script(replay_total_bytes=64 * 1024, **SLOW) as worker:
+        note = b"x" * 30 * 1024
+        running = [kept(worker, annotation=note, **ENDLESS) for _ in range(2)]
+        begun = [await begin(call) for call in running]
+        surplus = kept(worker, annotation=note)
+        assert not (await read_until(surplus, "started"))[0].started.HasField("resume_id")
+        assert worker.worker.num_kept[0] == 2
+        for started in begun:
+            await worker.stub.Abort(pb.AbortRequest(request_id=started.request_id))
 
 
 async def test_a_stream_that_went_on_at_another_worker_is_resumed_there_by_its_name() -> None:
