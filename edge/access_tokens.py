@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from edge.api_keys import ApiKey, ApiKeys
+from edge.api_keys import ApiKeys, Holder
 
 TOKEN_PREFIX: Final = "sluicet."  # noqa: S105  # names the kind
 MIN_SECRET_BYTES: Final = 32
@@ -19,13 +19,13 @@ class BadSecret(ValueError):
     """A secret that cannot be used."""
 
 
-def read_secret(path: str) -> bytes:
-    """The secret in a file, without white space around it; a random one where no file is named.
+def random_secret() -> bytes:
+    """One that nobody else knows."""
+    return secrets.token_bytes(MIN_SECRET_BYTES)
 
-    Raises: BadSecret.
-    """
-    if not path:
-        return secrets.token_bytes(MIN_SECRET_BYTES)
+
+def read_secret(path: str) -> bytes:
+    """The secret in a file, without white space around it. Raises: BadSecret."""
     try:
         secret = Path(path).read_bytes().strip()
     except OSError as error:
@@ -48,14 +48,16 @@ class AccessTokens:
         self._clock = clock
         self.lifetime_seconds = lifetime_seconds
 
-    def issue(self, key: ApiKey, digest: bytes) -> str:
-        """A token for the bearer of the key with that hash."""
+    def issue(self, holder: Holder) -> str:
+        """A token for the holder of a key."""
         expiry = int(self._clock()) + self.lifetime_seconds
-        name = _text(key.name.encode())
-        return f"{TOKEN_PREFIX}{name}.{expiry}.{_text(self._signature(name, expiry, digest))}"
+        name = _text(holder.key.name.encode())
+        return (
+            f"{TOKEN_PREFIX}{name}.{expiry}.{_text(self._signature(name, expiry, holder.digest))}"
+        )
 
-    def find(self, token: str, keys: ApiKeys) -> ApiKey | None:
-        """The key that a token stands for; None if it is none of ours, or over, or its key is gone."""
+    def find(self, token: str, keys: ApiKeys) -> Holder | None:
+        """The holder that a token stands for; None if it is none of ours, or over, or its key is gone."""
         parts = token.removeprefix(TOKEN_PREFIX).split(".")
         if len(parts) != 3 or not (parts[1].isascii() and parts[1].isdecimal()):
             return None
@@ -69,7 +71,7 @@ class AccessTokens:
             return None
         for digest in key.digests:
             if hmac.compare_digest(self._signature(name, expiry, digest), given):
-                return key
+                return Holder(key, digest)
         return None
 
     def _signature(self, name: str, expiry: int, digest: bytes) -> bytes:

@@ -49,6 +49,14 @@ class ApiKey:
         )
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who came in: a key, and the hash of the one of its secrets that opened it."""
+
+    key: ApiKey
+    digest: bytes
+
+
 class ApiKeys:
     """All keys. Immutable; a changed file makes another one."""
 
@@ -62,8 +70,8 @@ class ApiKeys:
         """The key of that name."""
         return self._by_name.get(name)
 
-    def find(self, secret: str) -> ApiKey | None:
-        """The key that a secret opens.
+    def find(self, secret: str) -> Holder | None:
+        """Who holds a secret.
 
         All hashes are compared, each in constant time: how long it takes tells nothing of how near a guess was.
         """
@@ -72,7 +80,7 @@ class ApiKeys:
         for key in self._by_name.values():
             for known in key.digests:
                 if hmac.compare_digest(known, digest):
-                    found = key
+                    found = Holder(key, known)
         return found
 
 

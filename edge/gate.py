@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edge.access_tokens import TOKEN_PREFIX, AccessTokens, BadSecret, read_secret
-from edge.api_keys import ApiKey, ApiKeys, BadKeys, digest_of, read_keys
+from edge.access_tokens import TOKEN_PREFIX, AccessTokens, BadSecret, random_secret, read_secret
+from edge.api_keys import ApiKeys, BadKeys, Holder, read_keys
 from edge.error_response import Refuse
 from edge.errors import EdgeError, permission_denied, unauthenticated
 from edge.json_codec import encode
@@ -21,7 +21,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 # RFC 6750, section 2.3.
 QUERY_PARAMETER: Final = "access_token"
-_STATE_KEY: Final = "sluice_api_key"
+_STATE_KEY: Final = "sluice_holder"
 _log = structlog.get_logger("edge")
 
 
@@ -39,6 +39,7 @@ class Gate:
     def __init__(self, settings: EdgeSettings) -> None:
         """Raises: BadKeys, BadSecret."""
         self._settings = settings
+        self._own_secret = random_secret()  # outlives a reload, and so do the tokens
         self._known = self._read() if self.has_keys else None
 
     @property
@@ -64,34 +65,37 @@ class Gate:
         credential = _credential(scope)
         if credential is None:
             raise unauthenticated("Give an API key: Authorization: Bearer KEY, or x-api-key: KEY.")
-        key = self._find(credential)
-        if key is None:
+        holder = self._find(credential)
+        if holder is None:
             raise unauthenticated("The API key is not known, or the token has expired.", True)
-        if key.is_disabled:
+        if holder.key.is_disabled:
             raise permission_denied("The API key is disabled.", "api_key_disabled")
-        scope.setdefault("state", {})[_STATE_KEY] = key
+        _let_in(scope, holder)
 
     def holds(self, scope: Scope) -> bool:
-        """Whether the key that a connection was let in with, perhaps long ago, is still one."""
+        """Whether the secret that a connection was let in with, perhaps long ago, still opens its key.
+
+        From then on `caller_of` tells the limits that the key has now.
+        """
         if self._known is None:
             return True
-        key = _key_of(scope)
-        now = None if key is None else self._known.keys.named(key.name)
-        if key is None or now is None or now.is_disabled:
+        holder = _holder_of(scope)
+        key = None if holder is None else self._known.keys.named(holder.key.name)
+        if holder is None or key is None or key.is_disabled or holder.digest not in key.digests:
             return False
-        return not set(now.digests).isdisjoint(key.digests)
+        _let_in(scope, Holder(key, holder.digest))
+        return True
 
     async def token(self, request: Request) -> Response:
         """POST /v1/tokens: a token in place of the key that the request came with."""
-        key, known = _key_of(request.scope), self._known
-        if key is None or known is None:
+        holder, known = _holder_of(request.scope), self._known
+        if holder is None or known is None:
             raise EdgeError(
                 404, "not_found_error", "No API key is needed here, so there are no tokens."
             )
-        digest = digest_of(_credential(request.scope) or "")
-        if digest not in key.digests:
+        if (_credential(request.scope) or "").startswith(TOKEN_PREFIX):
             raise unauthenticated("A token is given for an API key, not for another token.")
-        token = known.tokens.issue(key, digest)
+        token = known.tokens.issue(holder)
         lifetime = known.tokens.lifetime_seconds
         return Response(
             encode({"access_token": token, "token_type": "Bearer", "expires_in": lifetime}),
@@ -99,7 +103,7 @@ class Gate:
             headers={"cache-control": "no-store"},
         )
 
-    def _find(self, credential: str) -> ApiKey | None:
+    def _find(self, credential: str) -> Holder | None:
         known = self._known
         assert known is not None  # noqa: S101
         if credential.startswith(TOKEN_PREFIX):
@@ -108,9 +112,11 @@ class Gate:
 
     def _read(self) -> _Known:
         settings = self._settings
+        path = settings.token_secret_file
+        secret = read_secret(path) if path else self._own_secret
         return _Known(
             read_keys(settings.api_keys_file, settings.api_keys),
-            AccessTokens(read_secret(settings.token_secret_file), settings.token_seconds),
+            AccessTokens(secret, settings.token_seconds),
         )
 
 
@@ -130,21 +136,25 @@ class Gated:
             record.error(error)
             await self._refuse(error, record.request_id)(scope, receive, send)
             return
-        key = _key_of(scope)
-        if key is not None:
-            record.fields["key"] = key.name
+        holder = _holder_of(scope)
+        if holder is not None:
+            record.fields["key"] = holder.key.name
         await self._app(scope, receive, send)
 
 
 def caller_of(scope: Scope) -> pb.Caller | None:
     """For whom a request is; None where no keys are needed."""
-    key = _key_of(scope)
-    return None if key is None else key.caller()
+    holder = _holder_of(scope)
+    return None if holder is None else holder.key.caller()
 
 
-def _key_of(scope: Scope) -> ApiKey | None:
-    key: ApiKey | None = scope.get("state", {}).get(_STATE_KEY)
-    return key
+def _let_in(scope: Scope, holder: Holder) -> None:
+    scope.setdefault("state", {})[_STATE_KEY] = holder
+
+
+def _holder_of(scope: Scope) -> Holder | None:
+    holder: Holder | None = scope.get("state", {}).get(_STATE_KEY)
+    return holder
 
 
 def _credential(scope: Scope) -> str | None:

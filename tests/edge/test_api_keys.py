@@ -17,7 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.access_tokens import TOKEN_PREFIX, AccessTokens
-from edge.api_keys import ApiKey, ApiKeys, BadKeys, digest_of, line_of, parse_keys, read_keys
+from edge.api_keys import (
+    ApiKey,
+    ApiKeys,
+    BadKeys,
+    Holder,
+    digest_of,
+    line_of,
+    parse_keys,
+    read_keys,
+)
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedWorker
@@ -256,15 +265,17 @@ async def test_a_refused_body_is_not_waited_for(guarded_edge: EdgeProcess) -> No
         assert (await client.read_until(b"authentication_error")).startswith(b"HTTP/1.1 401")
 
 
+async def hang_up(edge: EdgeProcess, event: str = "api keys reloaded") -> dict[str, Any]:
+    """Sends SIGHUP, and returns the log line of what came of it."""
+    since = len(edge.lines)
+    edge.process.send_signal(signal.SIGHUP)
+    return await edge.line(lambda line: line["event"] == event, since)
+
+
 async def test_hangup_reads_the_keys_again(target: str, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(line_of(KEYS[0]))
     async with running_edge(target, api_keys_file=path) as edge:
-
-        async def hang_up(event: str) -> dict[str, Any]:
-            since = len(edge.lines)
-            edge.process.send_signal(signal.SIGHUP)
-            return await edge.line(lambda line: line["event"] == event, since)
 
         async def statuses() -> list[int]:
             async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
@@ -275,17 +286,32 @@ async def test_hangup_reads_the_keys_again(target: str, tmp_path: Path) -> None:
 
         assert await statuses() == [200, 401]
         path.write_text(line_of(KEYS[1]))
-        assert (await hang_up("api keys reloaded"))["keys"] == 1
+        assert (await hang_up(edge))["keys"] == 1
         assert await statuses() == [401, 200]
         for bad in ("nonsense", "", f"{line_of(KEYS[0])} {BOB}"):
             path.write_text(bad)
-            line = await hang_up("api keys not reloaded")
+            line = await hang_up(edge, "api keys not reloaded")
             assert line["level"] == "error"
             assert BOB not in line["reason"]
             assert await statuses() == [401, 200]
         path.unlink()
-        await hang_up("api keys not reloaded")
+        await hang_up(edge, "api keys not reloaded")
         assert await statuses() == [401, 200]
+
+
+async def test_hangup_leaves_tokens_that_the_edge_gave(target: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line_of(KEYS[0]))
+    async with (
+        running_edge(target, api_keys_file=path) as edge,
+        httpx.AsyncClient(base_url=edge.url, trust_env=False, timeout=PATIENCE) as http,
+    ):
+        given = (await http.post("/v1/tokens", headers=bearer(ALICE))).json()["access_token"]
+        for keys, status in (([KEYS[0], KEYS[1]], 200), ([KEYS[1]], 401)):
+            path.write_text("\n".join(map(line_of, keys)))
+            await hang_up(edge)
+            answer = await http.get("/v1/models", params={"access_token": given})
+            assert answer.status_code == status
 
 
 async def test_keys_in_the_environment_and_a_warning_without_any(target: str) -> None:
@@ -364,8 +390,9 @@ def test_the_command_makes_keys_that_are_taken() -> None:
     assert secret not in line
     assert len(secret) > 43
     keys = ApiKeys(parse_keys(line))
-    found = keys.find(secret)
-    assert found is not None
+    holder = keys.find(secret)
+    assert holder is not None
+    found = holder.key
     assert (found.name, found.weight, found.max_concurrent, found.tokens_per_minute) == (
         *("dave", 0.5, 3, 9000),
     )
@@ -401,7 +428,9 @@ def test_a_bad_line_is_told_by_its_number(text: str, told: str) -> None:
 def test_a_key_may_have_several_hashes_but_no_hash_two_keys() -> None:
     old, new = digest_of("old"), digest_of("new")
     keys = read_keys("", line_of(ApiKey("alice", (old, new))))
-    assert keys.find("old") == keys.find("new") == keys.named("alice")
+    alice = keys.named("alice")
+    assert alice is not None
+    assert [keys.find("old"), keys.find("new")] == [Holder(alice, old), Holder(alice, new)]
     for other in (ApiKey("bob", (new,)), ApiKey("alice", (digest_of("x"),))):
         with pytest.raises(BadKeys):
             read_keys("", f"{line_of(ApiKey('alice', (old, new)))};{line_of(other)}")
@@ -411,9 +440,10 @@ def test_a_token_ends_with_its_time_its_key_and_every_change() -> None:
     now = 1000.0
     tokens = AccessTokens(SECRET, 60, lambda: now)
     keys = ApiKeys(KEYS)
-    token = tokens.issue(KEYS[0], digest_of(ALICE))
-    assert tokens.find(token, keys) == KEYS[0]
-    assert AccessTokens(SECRET, 1, lambda: now).find(token, keys) == KEYS[0]
+    alice = Holder(KEYS[0], digest_of(ALICE))
+    token = tokens.issue(alice)
+    assert tokens.find(token, keys) == alice
+    assert AccessTokens(SECRET, 1, lambda: now).find(token, keys) == alice
     assert AccessTokens(b"x" * 32, 60, lambda: now).find(token, keys) is None
     assert tokens.find(token, ApiKeys([ApiKey("alice", (digest_of("new"),))])) is None
     assert tokens.find(token, ApiKeys(KEYS[1:])) is None
@@ -421,7 +451,7 @@ def test_a_token_ends_with_its_time_its_key_and_every_change() -> None:
         changed = token[:index] + chr(ord(token[index]) ^ 1) + token[index + 1 :]
         assert tokens.find(changed, keys) is None
     now += 59
-    assert tokens.find(token, keys) == KEYS[0]
+    assert tokens.find(token, keys) == alice
     now += 1
     assert tokens.find(token, keys) is None
 
