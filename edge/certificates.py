@@ -5,13 +5,22 @@ import ssl
 from collections.abc import Iterator
 
 
+def server_context(certificate: str, key: str) -> ssl.SSLContext:
+    """TLS of a server with the certificate and key in two PEM files. Raises: OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(certificate, key)
+    return context
+
+
 def check_pair(certificate: str, key: str, certificate_flag: str) -> None:
     """Checks that two PEM files are a certificate and its private key; both may be "" for none. Raises: ValueError."""
     if bool(certificate) != bool(key):
         raise ValueError(f"must be given together with {certificate_flag}")
     if certificate:
         with _explained():
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+            server_context(certificate, key)
 
 
 def check_roots(roots: str) -> None:

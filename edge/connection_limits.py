@@ -2,8 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Final
 
 from edge.settings import EdgeSettings
+
+# Connections beyond the limit of all that are answered with a 429; further ones would take the files that the edge
+# itself needs.
+MAX_SURPLUS: Final = 128
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,10 @@ class ConnectionLimits:
     def of(cls, settings: EdgeSettings) -> "ConnectionLimits":
         """Those that are set."""
         return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
+
+    def are_far_too_many(self, connections: int) -> bool:
+        """Whether the last of so many is not even worth an answer."""
+        return connections > self.max_connections + MAX_SURPLUS
 
 
 class Addresses:
@@ -48,6 +57,6 @@ class Addresses:
         """Whether an address is over the limit."""
         return self._counts[address] > self._limit
 
-    def has_far_too_many(self, address: str) -> bool:
-        """Whether its next connection is not even worth an answer."""
-        return self._counts[address] > self._limit * self._MOST_FACTOR
+    def has_far_too_many(self, address: str, uncounted: int = 0) -> bool:
+        """Whether its last connection is not even worth an answer, with so many that are not counted here."""
+        return self._counts[address] + uncounted > self._limit * self._MOST_FACTOR

@@ -142,6 +142,8 @@ class StreamProtocol(HttpToolsProtocol):
             self._came_beyond_limit = True
         elif len(self.connections) > self.limits.max_connections:
             self._came_beyond_limit = not self._close_idlest()
+            if self._came_beyond_limit and self.limits.are_far_too_many(len(self.connections)):
+                transport.abort()
         self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

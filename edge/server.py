@@ -18,12 +18,14 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
 from edge.app import create_apps
+from edge.certificates import server_context
 from edge.connection_limits import Addresses, ConnectionLimits
 from edge.drain import Drain
 from edge.gate import Gate
 from edge.protocol import StreamProtocol
 from edge.settings import EdgeSettings
 from edge.socket_protocol import SocketProtocol
+from edge.tls_acceptor import TlsAcceptor
 
 # What the kernel buffers for a client that does not read; by default it is megabytes.
 _SEND_BUFFER_BYTES = 16 * 1024
@@ -115,9 +117,13 @@ def _notice_vanished_peers(listener: socket.socket, send_timeout_seconds: float)
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process by the signal instead of with 0."""
 
-    def __init__(self, config: uvicorn.Config, name: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, name: str, tls: ssl.SSLContext | None = None
+    ) -> None:
         super().__init__(config)
         self._name = name
+        self._tls = tls
+        self._accepting: list[asyncio.Task[None]] = []
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -132,10 +138,30 @@ class _Server(uvicorn.Server):
                 connection.abort_if_stalled()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(sockets if self._tls is None else [])
         for listener in sockets or []:
+            if self._tls is not None:
+                task = asyncio.create_task(self._acceptor(self._tls).run(listener), name="accept")
+                self._accepting.append(task)
             host, port = listener.getsockname()[:2]
             _log.info(self._name, host=host, port=port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await super().shutdown(sockets)
+
+    def _acceptor(self, context: ssl.SSLContext) -> TlsAcceptor:
+        config, protocol = self.config, self.config.http_protocol_class
+        assert issubclass(protocol, StreamProtocol)  # noqa: S101
+
+        def make() -> StreamProtocol:
+            return protocol(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        return TlsAcceptor(context, protocol, make, self.server_state.connections)
 
 
 async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> None:
@@ -163,13 +189,8 @@ async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> Non
         _log.warning("edge open to everybody: no API keys are set", host=settings.host)
 
     apps = create_apps(settings, drain, gate)
-    config = _config(settings, apps.public)
-    if settings.tls_cert:
-        config.ssl_certfile, config.ssl_keyfile = settings.tls_cert, settings.tls_key
-        config.load()
-        assert config.ssl is not None  # noqa: S101
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-    server = _Server(config, "edge listening")
+    tls = server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+    server = _Server(_config(settings, apps.public), "edge listening", tls)
     serving = asyncio.create_task(server.serve([listeners.public]), name="uvicorn")
     stopped = asyncio.create_task(stopping.wait(), name="stop signal")
     async with _served_beside(settings, apps.admin, listeners.admin):
@@ -205,7 +226,9 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _config(
-    settings: EdgeSettings, app: Starlette, lifespan: Literal["on", "off"] = "on"
+    settings: EdgeSettings,
+    app: Starlette,
+    lifespan: Literal["on", "off"] = "on",
 ) -> uvicorn.Config:
     paths = frozenset(
         route.path.encode() for route in app.routes if isinstance(route, WebSocketRoute)

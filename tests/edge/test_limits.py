@@ -1,6 +1,7 @@
 """What a stranger may ask of the HTTP server: each limit has a setting, and each is refused by name."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 
@@ -9,6 +10,7 @@ import pytest_asyncio
 from websockets.asyncio.client import connect
 
 from edge.command_line import read_settings
+from edge.connection_limits import MAX_SURPLUS
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
@@ -164,6 +166,26 @@ async def test_one_address_does_not_take_all_connections(
                     await later.send(MODELS)
                     if (await later.read_until(b"\r\n")).startswith(b"HTTP/1.1 200"):
                         break
+
+
+async def test_connections_far_beyond_the_limit_are_closed(
+    target: str, worker: ScriptedWorker
+) -> None:
+    """They would take the files that the edge needs to reach its workers."""
+    async with (
+        running_edge(target, max_connections=1) as edge,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        clients = [RawClient(edge.port) for _ in range(1 + MAX_SURPLUS + 3)]
+        for client in clients:
+            await stack.enter_async_context(client)
+        for client in clients[-3:]:
+            with contextlib.suppress(ConnectionResetError):
+                assert await client.read_to_end() == b""
+        await clients[-4].send(MODELS)
+        assert (await clients[-4].read_to_end()).startswith(b"HTTP/1.1 429")
+        await clients[0].send(MODELS)
+        assert (await clients[0].read_until(b"list")).startswith(b"HTTP/1.1 200")
 
 
 async def test_a_socket_counts_until_it_is_closed(target: str, worker: ScriptedWorker) -> None:

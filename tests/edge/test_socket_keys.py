@@ -13,6 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from edge.api_keys import ApiKey, digest_of, line_of
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.pool import until
 from tests.edge.scripted_worker import ScriptedWorker
 from tests.edge.test_api_keys import ALICE, BOB, CAROL, KEYS, LINES, bearer, hang_up
 from tests.edge.test_socket import Client, url
@@ -58,8 +59,12 @@ async def test_without_a_good_key_the_handshake_is_refused(
             told = json.loads(response.body or b"")
             assert told["error"]["code"] == code
         assert not worker.calls
-        lines = [line for line in edge.lines if line.get("route") == "/v1/ws"]
-        assert [line.get("key") for line in lines] == [None] * len(refusals)
+
+        def keys() -> list[str | None]:
+            return [line.get("key") for line in edge.lines if line.get("route") == "/v1/ws"]
+
+        await until(lambda: len(keys()) == len(refusals))
+        assert keys() == [None] * len(refusals)
 
 
 async def test_a_socket_generates_for_the_key_that_opened_it(

@@ -13,13 +13,15 @@ import httpx
 import pytest
 import pytest_asyncio
 import trustme
+from websockets.asyncio.client import connect
 
 from edge.command_line import read_settings
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
-from tests.edge.raw_http import request_bytes
-from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
+from tests.edge.raw_http import RawClient, request_bytes
+from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, texts
+from tests.edge.test_socket import Client
 from tests.worker.worker_process import ready_worker
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -184,6 +186,70 @@ async def test_a_request_that_dribbles_over_tls_is_cut_off(
         async with asyncio.timeout(PATIENCE):
             assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
             await reader.read()
+
+
+async def test_a_handshake_that_never_ends_is_cut_off(https_edge: EdgeProcess) -> None:
+    async with RawClient(https_edge.port) as client:
+        await client.send(b"\x16\x03\x01")  # a record begins, and no more
+        assert await client.read_to_end() == b""
+
+
+async def test_handshakes_count_as_connections(
+    target: str, certificates: Certificates, worker: ScriptedWorker
+) -> None:
+    async with (
+        running_edge(
+            target,
+            tls_cert=certificates.server,
+            tls_key=certificates.server_key,
+            max_connections_per_address=2,
+        ) as edge,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        silent = [RawClient(edge.port) for _ in range(4)]
+        for client in silent:
+            await stack.enter_async_context(client)
+        async with RawClient(edge.port) as fifth:  # beyond twice as many
+            with contextlib.suppress(ConnectionResetError):
+                assert await fifth.read_to_end() == b""
+        assert await answer_of(edge, certificates) == b""
+        silent.pop().socket.close()
+        async with asyncio.timeout(PATIENCE):  # until the edge has seen it leave
+            while not (await answer_of(edge, certificates)).startswith(b"HTTP/1.1 200"):
+                await asyncio.sleep(0.01)
+
+
+async def answer_of(edge: EdgeProcess, certificates: Certificates) -> bytes:
+    """To one request; nothing where the connection was closed."""
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        async with connected(edge, trusting(certificates)) as (reader, writer):
+            writer.write(request_bytes("/v1/models", method="GET"))
+            async with asyncio.timeout(PATIENCE):
+                return await reader.readuntil(b"\r\n")
+    return b""
+
+
+async def test_a_websocket_over_tls(
+    https_edge: EdgeProcess, certificates: Certificates, worker: ScriptedWorker
+) -> None:
+    url = f"wss://127.0.0.1:{https_edge.port}/v1/ws"
+    worker.script = texts(["x" * 1000] * 50)
+    async with connect(url, proxy=None, ssl=trusting(certificates)) as socket:
+        client = Client(socket)
+        assert await client.said(prompt="y" * 50_000) == "x" * 50_000
+
+        async def hang(call: ScriptedCall) -> None:
+            await call.started()
+            await call.hang()
+
+        worker.script = hang
+        await client.generate(prompt="z")
+        assert (await client.event())["type"] == "started"
+        # no farewell, neither of the socket's nor of TLS's
+        socket.transport.abort()
+    async with asyncio.timeout(PATIENCE):
+        await worker.calls[-1].ended.wait()
+    assert worker.calls[-1].was_cancelled
 
 
 async def test_a_stream_that_fails_over_tls_is_not_ended_properly(
