@@ -65,7 +65,8 @@ class ResumedStream:
                 call.cancel()
 
     def _count(self, outcome: str) -> None:
-        self._workers.metrics.resumes.labels(outcome).inc()
+        if not self._request.resume.snapshot:  # for which nobody has left
+            self._workers.metrics.resumes.labels(outcome).inc()
 
     async def _first_of_all(self) -> pb.GenerateResponse | None:
         errors: list[EdgeError] = []

@@ -111,7 +111,9 @@ class ResponsesEndpoints:
             while (item := await generation.read()) is not None:
                 state.add(item[1])
         except EdgeError as error:
-            if error.reason == STREAM_NOT_FOUND or not state.is_started or is_lost(error):
+            # Without a reason of the worker's it is our call that failed, from which nothing follows for the response.
+            is_ours = error.grpc_code is not None and error.reason in (None, STREAM_NOT_FOUND)
+            if is_ours or not state.is_started or is_lost(error):
                 raise _told(error) from None
             state.fail(error)
         finally:

@@ -13,7 +13,7 @@ from edge.dialects.dialect import PromptLimits
 from edge.dialects.responses_answer_schema import EVENTS
 from edge.errors import EdgeError
 from protos.sluice.v1 import generation_pb2 as pb
-from tests.edge.scripted_worker import CREATED, MODEL, ScriptedCall, ScriptedWorker
+from tests.edge.scripted_worker import CREATED, MODEL, ScriptedCall, ScriptedWorker, error_info
 from tests.edge.sse import Event, parse
 
 LIMITS = PromptLimits(max_body_bytes=4 << 20, max_json_depth=32, max_prompts=32)
@@ -62,6 +62,33 @@ async def aborted(call: ScriptedCall) -> None:
     await call.started()
     await call.delta("part")
     await call.finished(pb.FINISH_REASON_CANCELLED)
+
+
+async def test_a_response_that_cannot_be_asked_for_has_not_failed_for_that(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    name = "A" * 32
+
+    async def stuck(call: ScriptedCall) -> None:
+        await call.started(request_id="resp_1", resume_id=name)
+        await call.delta("part")
+        await call.hang()  # for longer than a call may take that only asks
+
+    async def failed(call: ScriptedCall) -> None:
+        await call.started(request_id="resp_1", resume_id=name)
+        await call.delta("part")
+        await call.fail(grpc.StatusCode.INTERNAL, "the worker's words", error_info("INTERNAL"))
+
+    worker.script = stuck
+    answer = await http.get(f"/v1/responses/resp_{name}")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout")
+    going_on = {"input": "x", "previous_response_id": f"resp_{name}"}
+    assert (await http.post("/v1/responses", json=going_on)).status_code == 504
+    worker.script = failed
+    answer = await http.get(f"/v1/responses/resp_{name}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "failed")
+    # nor is anybody a client that came back
+    assert 'sluice_edge_resumes_total{outcome="resumed"}' not in (await http.get("/metrics")).text
 
 
 async def events_of(http: httpx.AsyncClient, **fields: Any) -> list[Event]:
