@@ -14,15 +14,15 @@ from edge.api_keys import ApiKey, digest_of, line_of
 from tests.integration.stack import LoggedProcess, Stack, running_stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="there is no Chromium here")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
 # Nothing but the page under test reaches for the network.
-_ARGUMENTS = [
+ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
-_PATIENCE = 60_000  # milliseconds; a loaded machine takes its time
+PATIENCE_MS = 60_000  # a loaded machine takes its time
 
 Page = Any
 STORY = "Tell me a short story"
@@ -38,7 +38,7 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=_ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 
@@ -50,7 +50,7 @@ class Visit:
         """`script` runs before the page's own."""
         self.context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
         self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(_PATIENCE)
+        self.page.set_default_timeout(PATIENCE_MS)
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -384,7 +384,7 @@ def test_a_key_is_asked_for_used_and_forgotten_with_the_tab(browser: Any, stack:
         port = edge.wait_for_line(event="edge listening")["port"]
         context = browser.new_context()
         page = context.new_page()
-        page.set_default_timeout(_PATIENCE)
+        page.set_default_timeout(PATIENCE_MS)
         page.goto(f"http://127.0.0.1:{port}")
         page.wait_for_selector("#model-name:has-text('Give an API key')")
         page.click("#open-settings")
