@@ -19,6 +19,7 @@ from edge.request_log import RequestRecord, record_of
 from edge.request_timeout import limit_by_header
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
+from protos.sluice.v1 import generation_pb2 as pb
 
 # Reads and checks a request; None means that nothing is left to send (204).
 Parse = Callable[[Request, PromptLimits], Awaitable[ParsedRequest | None]]
@@ -109,7 +110,9 @@ class GenerateEndpoint:
             if request.HasField("resume_window"):
                 caller = request.caller if request.HasField("caller") else None
                 with contextlib.suppress(EdgeError):
-                    await self._workers.abort(request.request_id, caller)
+                    await self._workers.abort(
+                        pb.AbortRequest(request_id=request.request_id), caller
+                    )
 
     async def _collect(
         self, generation: Generation, collector: Collector, record: RequestRecord

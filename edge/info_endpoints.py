@@ -54,7 +54,8 @@ class InfoEndpoints:
         request_id = request.path_params["request_id"]
         if not _REQUEST_ID.fullmatch(request_id):
             raise invalid_request("Not a request id.", "request_id")
-        outcome = await self._workers.abort(request_id, caller_of(request.scope))
+        message = pb.AbortRequest(request_id=request_id)
+        outcome = await self._workers.abort(message, caller_of(request.scope))
         if outcome == pb.ABORT_OUTCOME_ABORTED:
             return json_response({"request_id": request_id, "outcome": "aborted"})
         if outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED:

@@ -127,6 +127,14 @@ def _responses_operations(
             events=dict(shape.EVENTS),
         ),
         Operation(
+            "DELETE",
+            "/v1/responses/{response_id}",
+            endpoints.delete,
+            "Forgets a response that is kept, and ends it, if it is still generated.",
+            shape.ResponsesDeleted,
+            (404, 500, 503, 504),
+        ),
+        Operation(
             "POST",
             "/v1/responses/{response_id}/cancel",
             endpoints.cancel,

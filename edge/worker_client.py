@@ -148,14 +148,9 @@ class WorkerClient:
     def _generated(self, _: Any) -> None:
         self._outstanding -= 1
 
-    async def abort(
-        self, request_id: str, caller: pb.Caller | None = None
-    ) -> pb.AbortOutcome.ValueType:
-        """Ends a generation that came over any connection; with a caller, one of theirs alone."""
-        key_id = None if caller is None else caller.key_id
-        response: pb.AbortResponse = await self._ask(
-            self._stub.Abort, pb.AbortRequest(request_id=request_id, key_id=key_id)
-        )
+    async def abort(self, request: pb.AbortRequest) -> pb.AbortOutcome.ValueType:
+        """Ends a generation that came over any connection."""
+        response: pb.AbortResponse = await self._ask(self._stub.Abort, request)
         return response.outcome
 
     async def get_model(self, model: str | None = None) -> pb.GetModelResponse:

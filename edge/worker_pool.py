@@ -139,18 +139,20 @@ class WorkerPool:
         return clients
 
     async def abort(
-        self, request_id: str, caller: pb.Caller | None = None
+        self, request: pb.AbortRequest, caller: pb.Caller | None = None
     ) -> pb.AbortOutcome.ValueType:
         """Ends a generation that came over any connection, on whichever worker has it; with a caller, one of theirs.
 
         All workers are asked at once.
         """
+        if caller is not None:
+            request.key_id = caller.key_id
         clients = self._reachable()
         if not clients:
             await self.serving()  # waits for the first, or says why there is none
             clients = self._reachable()
         answers = await asyncio.gather(
-            *(client.abort(request_id, caller) for client in clients), return_exceptions=True
+            *(client.abort(request) for client in clients), return_exceptions=True
         )
         for outcome in _ABORT_OUTCOMES[:-1]:
             if outcome in answers:

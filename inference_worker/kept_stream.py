@@ -71,6 +71,7 @@ class KeptStream:
         self.is_over = False  # all of its messages are there
         self._keeper = keeper
         self._is_kept = True
+        self.is_forgotten = False  # but for its reader
         self._is_expired = False  # and kept for its reader alone
         self._error: SluiceError | None = None  # what it ended with, if it failed
         self._is_begun = False  # somebody has read of it
@@ -103,6 +104,12 @@ class KeptStream:
         if self._task is not None:
             self._task.cancel()
         self._forget()
+
+    def forget(self) -> None:
+        """Keep nothing but what its present reader, if there is one, has yet to read."""
+        self.is_forgotten = True
+        if not self.is_read:
+            self.cancel()
 
     def resume(self, number: int, *, is_snapshot: bool) -> Messages:
         """The messages from this number on: to the stream's end, or those that there are now.
@@ -238,7 +245,9 @@ class KeptStream:
         self._reader = None
         if not self._is_kept:
             return
-        if self.is_over:
+        if self.is_forgotten:
+            self.cancel()
+        elif self.is_over:
             if self._is_expired:
                 self._forget()
         elif self._is_begun or self.terms.tag is not None:

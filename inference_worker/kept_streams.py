@@ -78,9 +78,16 @@ class KeptStreams:
         if resume.resume_tag:
             stream = self._tagged.get((key_id, resume.resume_tag))
         else:
-            stream = self._streams.get(resume.resume_id)
-        if stream is None or not stream.is_of(key_id):
+            stream = self.get(resume.resume_id, key_id)
+        if stream is None or stream.is_forgotten:
             raise StreamNotFound
+        return stream
+
+    def get(self, resume_id: str, key_id: str | None) -> KeptStream | None:
+        """The stream of this name, if it is the key's; None means anybody's."""
+        stream = self._streams.get(resume_id)
+        if stream is None or stream.is_forgotten or not (key_id is None or stream.is_of(key_id)):
+            return None
         return stream
 
     async def wait_unread(self, seconds: float) -> None:

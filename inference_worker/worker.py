@@ -269,12 +269,29 @@ class Worker:
     def abort(self, message: pb.AbortRequest) -> pb.AbortResponse:
         """End a generation. Raises: SluiceError."""
         refuse_unknown_fields(message, "")
-        if not message.request_id:
-            raise InvalidField("request_id", "is required")
+        if bool(message.request_id) == bool(message.resume_id):
+            raise InvalidField("request_id", "give either request_id or resume_id")
+        if message.forget and not message.resume_id:
+            raise InvalidField("forget", "only with resume_id")
         key_id = message.key_id if message.HasField("key_id") else None
         if key_id is not None:
             check_key_id("key_id", key_id)
-        return pb.AbortResponse(outcome=self._registry.abort(message.request_id, key_id))
+        if not message.resume_id:
+            return pb.AbortResponse(outcome=self._registry.abort(message.request_id, key_id))
+        return pb.AbortResponse(outcome=self._abort_kept(message, key_id))
+
+    def _abort_kept(
+        self, message: pb.AbortRequest, key_id: str | None
+    ) -> pb.AbortOutcome.ValueType:
+        stream = self._kept.get(message.resume_id, key_id)
+        if stream is None or stream.request_id is None:  # without one nobody was told its name
+            return pb.ABORT_OUTCOME_UNKNOWN
+        outcome = pb.ABORT_OUTCOME_ALREADY_FINISHED
+        if not stream.is_over:  # another request may have its id since
+            outcome = self._registry.abort(stream.request_id)
+        if message.forget:
+            stream.forget()
+        return outcome
 
     def get_model(self, message: pb.GetModelRequest) -> pb.GetModelResponse:
         """Describe the model. Raises: SluiceError."""

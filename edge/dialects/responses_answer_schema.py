@@ -241,6 +241,14 @@ class ResponsesCancelled(ResponseModel):
     status: Literal["cancelled"]
 
 
+class ResponsesDeleted(ResponseModel):
+    """What a deletion did."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
 EVENTS: dict[str, type[ResponseModel]] = {
     "response.created": ResponsesWhole,
     "response.in_progress": ResponsesWhole,

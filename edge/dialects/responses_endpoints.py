@@ -82,13 +82,14 @@ class ResponsesEndpoints:
 
     async def cancel(self, request: Request) -> Response:
         """Ends a response that is generated on another connection."""
-        response_id = request_id = request.path_params["response_id"]
-        outcome = pb.ABORT_OUTCOME_UNKNOWN
-        if resume_id_of(response_id) is not None:
-            request_id = (await self._load(response_id, request)).started.request_id
-        elif not is_request_id(response_id):
+        response_id = request.path_params["response_id"]
+        if (resume_id := resume_id_of(response_id)) is not None:
+            message = pb.AbortRequest(resume_id=resume_id)
+        elif is_request_id(response_id):
+            message = pb.AbortRequest(request_id=response_id)
+        else:
             raise _not_found("response_id")
-        outcome = await self._workers.abort(request_id, caller_of(request.scope))
+        outcome = await self._workers.abort(message, caller_of(request.scope))
         if outcome == pb.ABORT_OUTCOME_ABORTED:
             return json_response({"id": response_id, "object": "response", "status": "cancelled"})
         if outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED:
@@ -96,6 +97,17 @@ class ResponsesEndpoints:
                 "The response has already ended.", "response_id", "already_finished"
             )
         raise _not_found("response_id")
+
+    async def delete(self, request: Request) -> Response:
+        """Has the worker forget a response; ends it, if it is still generated."""
+        response_id = request.path_params["response_id"]
+        if (resume_id := resume_id_of(response_id)) is None:
+            raise _not_found("response_id")
+        message = pb.AbortRequest(resume_id=resume_id, forget=True)
+        outcome = await self._workers.abort(message, caller_of(request.scope))
+        if outcome == pb.ABORT_OUTCOME_UNKNOWN:
+            raise _not_found("response_id")
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
     async def _load(self, response_id: str, request: Request) -> ResponseState:
         """The response as it is by now. Raises a 404 where it is not kept."""
@@ -152,7 +164,9 @@ def refuse(error: EdgeError, request_id: str) -> Response:
 
 
 def _told(error: EdgeError) -> EdgeError:
-    return _not_found("response_id") if error.code == "stream_gone" else error
+    if error.code != "stream_gone":
+        return error
+    return _not_found("response_id", "The beginning of this response is no longer kept.")
 
 
 def _resume(response_id: str, *, is_snapshot: bool) -> pb.GenerateRequest:
@@ -162,7 +176,5 @@ def _resume(response_id: str, *, is_snapshot: bool) -> pb.GenerateRequest:
     return pb.GenerateRequest(resume=pb.Resume(resume_id=resume_id, snapshot=is_snapshot))
 
 
-def _not_found(param: str) -> EdgeError:
-    return EdgeError(
-        404, "not_found_error", "No such response is known.", "response_not_found", param
-    )
+def _not_found(param: str, message: str = "No such response is known.") -> EdgeError:
+    return EdgeError(404, "not_found_error", message, "response_not_found", param)

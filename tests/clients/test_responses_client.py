@@ -182,6 +182,11 @@ def test_a_stored_response_is_retrieved_resumed_and_gone_on_with(client: openai.
     second = client.responses.create(previous_response_id=first.id, **follow)
     assert second.output_text == "5 + 4 = 9"
     assert (second.store, second.previous_response_id) == (True, first.id)
+    client.responses.delete(first.id)
+    for gone in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            gone(first.id)
+    assert client.responses.retrieve(second.id) == second
     lost = client.responses.create(store=False, **asked)
     assert lost.store is False
     with pytest.raises(openai.NotFoundError):

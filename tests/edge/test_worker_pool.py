@@ -249,7 +249,7 @@ async def test_a_name_is_every_address_it_has(monkeypatch: pytest.MonkeyPatch) -
         answers[0] = frozenset({there})
         await until(lambda: serving_targets() == {there})
         workers[1].abort_outcome = pb.ABORT_OUTCOME_UNKNOWN
-        assert await pool.abort("kept") == pb.ABORT_OUTCOME_ABORTED
+        assert await pool.abort(pb.AbortRequest(request_id="kept")) == pb.ABORT_OUTCOME_ABORTED
         assert not call.done()
         call.cancel()
     finally:

@@ -191,6 +191,33 @@ def test_a_reader_who_comes_back_after_a_failover_misses_nothing() -> None:
         assert read_native([*events, *parse(rest.content).events]) == uncut
 
 
+def test_a_stored_response_that_moved_can_be_ended_though_its_beginning_is_lost() -> None:
+    body = {"model": "default", "input": "go", "max_output_tokens": 4000, "stream": True}
+    flags = {"step_milliseconds": 5}
+    with (
+        running_cluster(2, flags, worker_module=SCRIPTED) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
+        http.stream("POST", "/v1/responses", json=body) as response,
+    ):
+        data = b""
+        pieces = response.iter_bytes()
+        while b"output_text.delta" not in data:
+            data += next(pieces)
+        path = f"/v1/responses/{parse(data).events[0].json()['response']['id']}"
+        (worker,) = (worker for worker in cluster.workers if worker.load().running)
+        worker.send(signal.SIGKILL)
+        wait_until(lambda: bool(cluster.lines("stream lost its worker")))
+        for query in ("", "?stream=true"):
+            lost = http.get(path + query)
+            assert lost.status_code == 404
+            assert "beginning" in lost.json()["error"]["message"]
+        assert http.post(f"{path}/cancel").json()["status"] == "cancelled"
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+        assert http.delete(path).json()["deleted"]
+        assert http.delete(path).status_code == 404
+
+
 def stream_until_text(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     """The lines of a stream of completions; what is read first is text."""
     body = {"model": "default", "prompt": "go", "stream": True, **body}

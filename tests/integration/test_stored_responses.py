@@ -101,6 +101,24 @@ def test_a_reader_who_leaves_may_come_back_through_another_edge(slow: Stack) -> 
     assert edge.stop() == 0
 
 
+def test_a_deleted_response_is_ended_and_gone(slow: Stack) -> None:
+    with httpx.stream(
+        "POST", f"{slow.url}/v1/responses", json=body(stream=True), timeout=PATIENCE
+    ) as running:
+        response_id, lines = begin(running)
+        deleted = call(slow, "DELETE", f"/{response_id}")
+        assert deleted.json() == {"id": response_id, "object": "response", "deleted": True}
+        assert call(slow, "GET", f"/{response_id}").status_code == 404
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    slow.wait_idle()
+    ended = call(slow, "POST", "", json=body(max_output_tokens=2)).json()["id"]
+    assert call(slow, "DELETE", f"/{ended}").json()["deleted"]
+    for name in (ended, response_id, "resp_1", f"resp_{'0' * 32}"):
+        gone = call(slow, "DELETE", f"/{name}")
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "response_not_found")
+
+
 def test_an_answer_in_one_piece_that_nobody_waits_for_ends_at_once(slow: Stack) -> None:
     """Nobody has heard its id, so nobody can come back for it."""
     payload = json.dumps(body()).encode()

@@ -405,6 +405,57 @@ async def test_abort_ends_a_stream_without_a_reader() -> None:
         assert reasons(messages) == ["CANCELLED"]
 
 
+async def test_what_is_to_be_forgotten_is_ended_and_gone() -> None:
+    async with serve_script(**SLOW) as worker:
+
+        async def forget(resume_id: str, **fields: Any) -> pb.AbortOutcome.ValueType:
+            request = pb.AbortRequest(resume_id=resume_id, forget=True, **fields)
+            return (await worker.stub.Abort(request)).outcome
+
+        call = kept(worker, caller=pb.Caller(key_id="alice"), resume_tag="chat", **ENDLESS)
+        resume_id = (await begin(call)).resume_id
+        for wrong in ({"key_id": "bob"}, {"key_id": "alic"}):
+            assert await forget(resume_id, **wrong) == pb.ABORT_OUTCOME_UNKNOWN
+        assert await forget(resume_id, key_id="alice") == pb.ABORT_OUTCOME_ABORTED
+        for name, tag in ((resume_id, ""), ("", "chat")):
+            refusal = await refusal_of(resume(worker, name, key="alice", resume_tag=tag))
+            assert refusal.code is grpc.StatusCode.NOT_FOUND
+        assert await forget(resume_id) == pb.ABORT_OUTCOME_UNKNOWN
+        assert reasons(await read_rest(call)) == ["CANCELLED"], "who reads it hears its end"
+
+        unread = kept(worker, **ENDLESS)
+        resume_id = (await begin(unread)).resume_id
+        unread.cancel()
+        assert await forget(resume_id) == pb.ABORT_OUTCOME_ABORTED
+
+        ended = await worker.generate(resume_window=window())
+        resume_id = ended[0].started.resume_id
+        request = pb.AbortRequest(resume_id=resume_id)
+        outcome = (await worker.stub.Abort(request)).outcome
+        assert outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED
+        assert await read_rest(resume(worker, resume_id)) == ended, "it was to end, no more"
+        assert await forget(resume_id) == pb.ABORT_OUTCOME_ALREADY_FINISHED
+        assert (await refusal_of(resume(worker, resume_id))).code is grpc.StatusCode.NOT_FOUND
+        await worker.wait_idle()
+        assert worker.worker.num_kept == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("request_id", pb.AbortRequest()),
+        ("request_id", pb.AbortRequest(request_id="one", resume_id="two")),
+        ("forget", pb.AbortRequest(request_id="one", forget=True)),
+    ],
+)
+async def test_what_an_abort_means_is_said_once(field: str, message: pb.AbortRequest) -> None:
+    async with serve_script() as worker:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await worker.stub.Abort(message)
+        refusal = Refusal(caught.value)
+        assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
 async def test_the_deadline_of_the_first_call_ends_the_generation() -> None:
     async with serve_script(**SLOW) as worker:
         call = worker.stub.Generate(generate_request(resume_window=window(), **ENDLESS), timeout=1)

@@ -80,7 +80,7 @@ class _FinishReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     FINISH_REASON_PREEMPTED: _FinishReason.ValueType  # 7
     """Gave its memory to others and could not come back."""
     FINISH_REASON_SLOW_READER: _FinishReason.ValueType  # 8
-    """Not sent yet: a call that its caller does not read ends ABORTED."""
+    """Never sent: a call that its caller does not read ends ABORTED."""
     FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 9
     """The model ended its output, in which it called functions."""
 
@@ -104,7 +104,7 @@ FINISH_REASON_SHUTDOWN: FinishReason.ValueType  # 6
 FINISH_REASON_PREEMPTED: FinishReason.ValueType  # 7
 """Gave its memory to others and could not come back."""
 FINISH_REASON_SLOW_READER: FinishReason.ValueType  # 8
-"""Not sent yet: a call that its caller does not read ends ABORTED."""
+"""Never sent: a call that its caller does not read ends ABORTED."""
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 9
 """The model ended its output, in which it called functions."""
 Global___FinishReason: typing_extensions.TypeAlias = FinishReason
@@ -122,7 +122,7 @@ class _AbortOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     ABORT_OUTCOME_ALREADY_FINISHED: _AbortOutcome.ValueType  # 2
     """It had already ended."""
     ABORT_OUTCOME_UNKNOWN: _AbortOutcome.ValueType  # 3
-    """No such request is known; the worker remembers a bounded number of ended ones."""
+    """No such request is known, or no such stream is kept; the worker remembers a bounded number of ended requests."""
 
 class AbortOutcome(_AbortOutcome, metaclass=_AbortOutcomeEnumTypeWrapper):
     """What Abort found."""
@@ -134,7 +134,7 @@ ABORT_OUTCOME_ABORTED: AbortOutcome.ValueType  # 1
 ABORT_OUTCOME_ALREADY_FINISHED: AbortOutcome.ValueType  # 2
 """It had already ended."""
 ABORT_OUTCOME_UNKNOWN: AbortOutcome.ValueType  # 3
-"""No such request is known; the worker remembers a bounded number of ended ones."""
+"""No such request is known, or no such stream is kept; the worker remembers a bounded number of ended requests."""
 Global___AbortOutcome: typing_extensions.TypeAlias = AbortOutcome
 
 @typing.final
@@ -1344,18 +1344,28 @@ class AbortRequest(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     KEY_ID_FIELD_NUMBER: builtins.int
+    RESUME_ID_FIELD_NUMBER: builtins.int
+    FORGET_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """The request's id. Required."""
+    """The request's id. This or resume_id is required."""
     key_id: builtins.str
     """Whose request it has to be, as caller.key_id; another one's is UNKNOWN. Unset: anybody's."""
+    resume_id: builtins.str
+    """Started.resume_id of the request's stream, in place of request_id."""
+    forget: builtins.bool
+    """Keep nothing of the stream any longer: it cannot be resumed from now on, though who reads it now may read to its end.
+    Only with resume_id. Default: false.
+    """
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
         key_id: builtins.str | None = ...,
+        resume_id: builtins.str = ...,
+        forget: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_key_id", b"_key_id", "key_id", b"key_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_key_id", b"_key_id", "key_id", b"key_id", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_key_id", b"_key_id", "forget", b"forget", "key_id", b"key_id", "request_id", b"request_id", "resume_id", b"resume_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_key_id", b"_key_id"]) -> typing.Literal["key_id"] | None: ...
 
 Global___AbortRequest: typing_extensions.TypeAlias = AbortRequest
