@@ -57,8 +57,14 @@ class Admission:
     A request comes in running if nobody is inside, or if its sequences find free slots and its prompt free blocks
     beside everyone who is; else waiting, if the queue, its tokens and its blocks have room, and its key leaves some to
     others; else it is refused. What a request will generate takes blocks too, but nobody knows how many: the engine
-    preempts where they were too many. Invariants: waiting requests, tokens and blocks never exceed their limits, and
-    nothing is counted once every ticket is released.
+    preempts where they were too many.
+
+    What another worker began is not as free to be refused: its reader has the beginning. It finds room beyond the
+    queue's, in which as many requests may wait as such a worker has inside; and its key's limits let it pass, since the
+    key has paid there for all that was delivered.
+
+    Invariants: waiting requests, tokens and blocks exceed their limits by continuations alone, and nothing is counted
+    once every ticket is released.
     """
 
     def __init__(
@@ -84,11 +90,13 @@ class Admission:
         caller: Caller = ANYBODY,
         priority: int = 0,
         seconds_left: float | None = None,
+        *,
+        is_continued: bool = False,
     ) -> Ticket:
         """Let a request in, or refuse it. `prompt_tokens` may be an estimate; `Ticket.set_prompt_tokens` replaces it.
 
-        `seconds_left`: until its deadline. Raises: Draining, KeyLimit, QueueFull, QueueShareFull, TokenBudgetFull,
-        WouldMissDeadline, DeadlinePassed.
+        `seconds_left`: until its deadline. `is_continued`: another worker began it. Raises: Draining, KeyLimit,
+        QueueFull, QueueShareFull, TokenBudgetFull, WouldMissDeadline, DeadlinePassed.
         """
         if self.is_draining:
             raise Draining
@@ -100,14 +108,19 @@ class Admission:
             self.sequences + sequences > self.limits.max_running
             or self.blocks + blocks > self.limits.total_blocks > 0
         )
-        if is_waiting:
-            self._check_queue(prompt_tokens)
-            self._check_share(prompt_tokens, caller)
-        if seconds_left is not None and self.requests:
-            self._check_deadline(seconds_left, prompt_tokens, caller, priority, is_waiting)
-        # last, since it is the only check that takes something
-        key = self._keys.enter(caller, prompt_tokens, self.forecast.seconds_per_request)
-        ticket = Ticket(self, sequences, prompt_tokens, key, caller, priority)
+        if is_continued:
+            if is_waiting:
+                self._check_room_for_continued()
+            key = self._keys.enter_continued(caller)
+        else:
+            if is_waiting:
+                self._check_queue(prompt_tokens)
+                self._check_share(prompt_tokens, caller)
+            if seconds_left is not None and self.requests:
+                self._check_deadline(seconds_left, prompt_tokens, caller, priority, is_waiting)
+            # last, since it is the only check that takes something
+            key = self._keys.enter(caller, prompt_tokens, self.forecast.seconds_per_request)
+        ticket = Ticket(self, sequences, prompt_tokens, key, caller, priority, is_continued)
         if is_waiting:
             if self.waiting_requests == 0:
                 self.forecast.restart()
@@ -138,6 +151,11 @@ class Admission:
         if not self.waiting_requests or (has_slot and has_blocks):
             return 0.0
         return min(self.forecast.seconds_per_request or MAX_HOLD_SECONDS, MAX_HOLD_SECONDS)
+
+    def _check_room_for_continued(self) -> None:
+        limit = 2 * self.limits.max_waiting + self.limits.max_running
+        if self.waiting_requests >= limit:
+            raise QueueFull(limit, self.retry_after())
 
     def _check_queue(self, prompt_tokens: int) -> None:
         if self.waiting_requests >= self.limits.max_waiting:
@@ -212,6 +230,7 @@ class Ticket:
         key: KeyTicket,
         caller: Caller,
         priority: int,
+        is_continued: bool,
     ) -> None:
         self._admission = admission
         self._sequences = sequences
@@ -219,6 +238,7 @@ class Ticket:
         self._key = key
         self._caller = caller
         self._priority = priority
+        self._is_continued = is_continued
         self._scheduled_at: float | None = None
         self._has_token = False
         self._has_blocks = True
@@ -242,7 +262,7 @@ class Ticket:
         """
         admission = self._admission
         before = self._prompt_tokens, self._blocks
-        if self.is_waiting:
+        if self.is_waiting and not self._is_continued:
             others = admission.waiting_tokens - before[0], admission.waiting_blocks - before[1]
             admission._check_tokens(prompt_tokens, *others)
         admission.blocks -= self._blocks

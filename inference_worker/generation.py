@@ -197,7 +197,8 @@ class Generation:
             case Finished():
                 self._ticket.finish_sequence()
                 if event.usage is not None:  # tokens that ended a choice came in no delta
-                    total = event.usage.completion_tokens - self._reading.delivered.num_tokens
+                    delivered = self._reading.delivered.num_tokens_in_usage
+                    total = event.usage.completion_tokens - delivered
                     self._use(total - self._completion_tokens)
             case _:
                 pass

@@ -20,8 +20,9 @@ MIN_RETRY_SECONDS: Final = 1.0
 class KeyLimits:
     """The keys' books. Used from the event loop only.
 
-    Invariants: a key has never more requests inside than its caller allowed when the last one came; nothing is counted
-    as inside once every `KeyTicket` has left; a bucket is never fuller than a minute's tokens.
+    Invariants: a key has never more requests inside than its caller allowed when the last one came, but for those that
+    another worker began; nothing is counted as inside once every `KeyTicket` has left; a bucket is never fuller than a
+    minute's tokens.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,9 +39,7 @@ class KeyLimits:
 
         `seconds_per_request`: how long one takes to leave, as far as known. Raises: KeyLimit.
         """
-        key = self._inside.get(caller.key_id) or self._idle.get(caller.key_id)
-        if key is None:
-            key = _Key(self._clock)
+        key = self._key(caller)
         limit = caller.max_concurrent
         if limit is not None and key.inside >= limit:
             wait = max(MIN_RETRY_SECONDS, seconds_per_request)
@@ -49,12 +48,25 @@ class KeyLimits:
         if (wait := key.seconds_until(prompt_tokens)) > 0:
             what = f"{caller.tokens_per_minute} tokens in a minute"
             raise KeyLimit(what, max(MIN_RETRY_SECONDS, wait))
+        ticket = self._count(caller, key, is_paid=False)
+        ticket.set_prompt_tokens(prompt_tokens)
+        return ticket
+
+    def enter_continued(self, caller: Caller) -> KeyTicket:
+        """Count a request that another worker began, and took the tokens for: only those to come are taken here."""
+        key = self._key(caller)
+        key.set_rate(caller.tokens_per_minute)
+        return self._count(caller, key, is_paid=True)
+
+    def _key(self, caller: Caller) -> _Key:
+        key = self._inside.get(caller.key_id) or self._idle.get(caller.key_id)
+        return _Key(self._clock) if key is None else key
+
+    def _count(self, caller: Caller, key: _Key, *, is_paid: bool) -> KeyTicket:
         self._idle.pop(caller.key_id, None)
         self._inside[caller.key_id] = key
         key.inside += 1
-        ticket = KeyTicket(self, caller.key_id, key)
-        ticket.set_prompt_tokens(prompt_tokens)
-        return ticket
+        return KeyTicket(self, caller.key_id, key, is_paid=is_paid)
 
     def _leave(self, key_id: str, key: _Key) -> None:
         key.inside -= 1
@@ -71,16 +83,20 @@ class KeyLimits:
 class KeyTicket:
     """One request's place among those of its key."""
 
-    def __init__(self, limits: KeyLimits, key_id: str, key: _Key) -> None:
+    def __init__(self, limits: KeyLimits, key_id: str, key: _Key, *, is_paid: bool) -> None:
+        """`is_paid`: the prompt's tokens were taken elsewhere."""
         self._limits = limits
         self._key_id = key_id
         self._key = key
+        self._is_paid = is_paid
         self._prompt_tokens = 0
         self._is_served = False
         self._has_left = False
 
     def set_prompt_tokens(self, prompt_tokens: int) -> None:
         """Take the prompt's tokens, in place of those that an estimate took."""
+        if self._is_paid:
+            return
         self._key.take(prompt_tokens - self._prompt_tokens)
         self._prompt_tokens = prompt_tokens
 

@@ -258,6 +258,7 @@ class Worker:
             reading.caller,
             reading.priority,
             None if deadline is None else deadline - time.monotonic(),
+            is_continued=message.HasField("continuation"),
         ) as ticket:
             generation = Generation(self._backend, reading, ticket, record, deadline)
             with self._registry.hold(reading.request_id, generation, reading.caller.key_id):

@@ -138,7 +138,8 @@ class Engine:
         try:
             leader = self._new_sequence(live, is_leader=True)
             cached = min(self._pool.count_cached_tokens(leader), len(request.prompt))
-            position = self._scheduler.waiting.position(request.share)
+            is_next = leader.num_completion_tokens > 0  # whose reader has read of it already
+            position = 0 if is_next else self._scheduler.waiting.position(request.share)
             self._emit(live, Started(len(request.prompt), cached, position))
             self._scheduler.add(leader)
             while self._end_if_complete(live, leader) and live.unbegun:

@@ -72,6 +72,10 @@ class FairQueue(Generic[Item]):
         """Put an item before all others: it was served already, in part, and goes on as soon as it can."""
         self._returned.appendleft(item)
 
+    def put_behind_returned(self, item: Item) -> None:
+        """Put a new item before all others but those that were put back: it was served in part elsewhere."""
+        self._returned.append(item)
+
     def first(self) -> Item:
         """The next one. Raises: IndexError, if there is none."""
         if self._returned:

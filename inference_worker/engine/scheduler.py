@@ -11,8 +11,8 @@ from inference_worker.engine.sequence import Sequence, State
 
 
 class Scheduler:
-    """Each key its share, and in it by priority and arrival; decode before prefill; preemption of the youngest, by
-    recompute.
+    """What had tokens already, then each key its share, and in it by priority and arrival; decode before prefill;
+    preemption of the youngest, by recompute.
 
     Invariants: a sequence is in exactly one of `waiting` and `running`, or finished; only running ones hold blocks;
     `running` is in order of admission, oldest first, so the oldest always makes progress.
@@ -32,8 +32,11 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence into the queue."""
-        self.waiting.add(sequence, sequence.request.share)
+        """Put a new sequence into the queue; one that another engine brought to its tokens behind those preempted."""
+        if sequence.num_completion_tokens:
+            self.waiting.put_behind_returned(sequence)
+        else:
+            self.waiting.add(sequence, sequence.request.share)
 
     def add_siblings(self, sequences: list[Sequence]) -> None:
         """Put further choices of a running request at the head of the queue, in order."""

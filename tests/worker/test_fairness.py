@@ -127,6 +127,62 @@ async def test_a_keys_own_limits_are_nobody_elses() -> None:
         calls[1].cancel()
 
 
+def continued(tokens: list[int], **fields: Any) -> pb.GenerateRequest:
+    """The rest of a request that another worker began; its first choice was over by then."""
+    return generate_request(
+        n=2,
+        sampling=pb.Sampling(temperature=0),
+        continuation=pb.Continuation(
+            choices=[
+                pb.DeliveredChoice(choice_index=0, completion_tokens=50),
+                pb.DeliveredChoice(choice_index=1, token_ids=tokens),
+            ]
+        ),
+        **fields,
+    )
+
+
+async def tokens_of(worker: ServedWorker, num_tokens: int) -> list[int]:
+    messages = await worker.generate(max_tokens=num_tokens, output=pb.Output(token_ids=True))
+    return [token for message in messages for token in message.delta.token_ids]
+
+
+async def test_what_another_worker_began_finds_room_and_goes_first(order: list[str]) -> None:
+    async with serve_script(max_running=1, max_waiting=1, step_milliseconds=5) as worker:
+        tokens = await tokens_of(worker, 10)
+        order.clear()
+        one = caller("one", max_concurrent=1)
+        blocker = worker.stub.Generate(generate_request(max_tokens=4000))
+        await read_until(blocker, "delta")
+        new = await waiting(worker, "new", caller=one)
+        refusal = await refusal_of(worker.stub.Generate(generate_request()))
+        assert refusal.info.reason == "QUEUE_FULL"
+        moved = []
+        for name in ("moved0", "moved1"):
+            request = continued(tokens, request_id=name, max_tokens=60, caller=one)
+            moved.append(worker.stub.Generate(request))
+            assert (await read_until(moved[-1], "started"))[-1].started.queue_position == 0
+        surplus = worker.stub.Generate(continued(tokens, max_tokens=60))
+        assert (await refusal_of(surplus)).info.reason == "QUEUE_FULL", "there is an end to it"
+        blocker.cancel()
+        for call in (*moved, new):
+            await read_rest(call)
+        assert order[-3:] == ["moved0", "moved1", "new"]
+
+
+async def test_what_another_worker_began_was_paid_there() -> None:
+    async with serve_script() as worker:
+        tokens = await tokens_of(worker, 40)
+        key = caller("one", tokens_per_minute=60)
+        messages = await read_rest(
+            worker.stub.Generate(continued(tokens, max_tokens=52, caller=key))
+        )
+        assert messages[-1].finished.usage.completion_tokens == 50 + 52
+        # 12 were made here, which leaves 48 of the bucket; it fills by one a second
+        await worker.generate(ids=[5] * 40, max_tokens=1, caller=key)
+        await refused(worker, ids=[5] * 40, caller=key)
+
+
 async def test_tokens_are_counted_as_usage_counts_them() -> None:
     async with serve_script(repeats=1, text="a b") as worker:
         spent = caller("spent", tokens_per_minute=600)
