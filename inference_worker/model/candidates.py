@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from inference_worker.model.scans import NUM_GROUPS, Scans, Wanted
 from inference_worker.model.truncation import Truncation
-from inference_worker.model.whole_rows import masses
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -21,76 +21,43 @@ Doubles = npt.NDArray[np.float64]
 _FIRST = 128
 # A row with more candidates than this is left open: it would make the arrays of all rows as wide.
 _MOST = 1024
-_NUM_GROUPS = 512
-_GROUP_MULTIPLE = 8
-# How far below the floor of min-p candidates are taken, relative to the logits: their scores are rounded.
-_SLACK = 1e-5
 
 
 def draw_from_candidates(
-    logits: Floats, peaks: Floats, temperatures: Floats, truncation: Truncation, u: Doubles
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Token ids [rows], and for which rows they are certain [rows]; the others' mean nothing.
+    logits: Floats, temperatures: Floats, truncation: Truncation, u: Doubles, scans: Scans
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], Floats]:
+    """Token ids [rows]; for which rows they are certain [rows], the others' mean nothing; and the rows' greatest
+    logits [rows], not finite where a row is no distribution.
 
-    `logits` [rows, vocabulary], of which `peaks` [rows] are the greatest; `temperatures` [rows] are above 0; `u` [rows]
-    are uniform numbers in [0, 1). Equal tokens at the end of the survivors all survive, as in `truncation`.
+    `logits` is [rows, vocabulary]; `temperatures` [rows] are above 0; `u` [rows] are uniform numbers in [0, 1). Equal
+    tokens at the end of the survivors all survive, as in `truncation`.
     """
-    bounds, is_open, is_floor = _bounds(logits, peaks, temperatures, truncation)
-    found = np.flatnonzero(logits >= bounds[:, None])
-    row, token_id = np.divmod(found, logits.shape[1])
-    counts = np.bincount(row, minlength=len(logits))
-    is_open |= (counts > _MOST) | (counts == 0)
+    wanted = _wanted(logits.shape[1], temperatures, truncation)
+    found = scans.survey(logits, temperatures, wanted, _MOST)
+    is_open = (found.counts > _MOST) | (found.counts == 0)
     if is_open.all():
-        return np.zeros(len(logits), dtype=np.int64), ~is_open
-    kept = ~is_open[row]
-    row, token_id = row[kept], token_id[kept]
-    counts[is_open] = 0
-    place = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-    scores = np.full((len(logits), counts.max()), -np.inf, dtype=np.float32)
-    with np.errstate(over="ignore"):  # far below the greatest at a temperature near 0
-        scores[row, place] = (logits[row, token_id] - peaks[row]) / temperatures[row]
-    ids = np.zeros(scores.shape, dtype=np.int64)
-    ids[row, place] = token_id
-    needs_mass = ~is_open & (truncation.top_p < 1) & (truncation.top_k >= logits.shape[1])
-    mass = masses(logits, peaks, temperatures, needs_mass)
-    least, is_certain = _last_survivors(scores, mass, truncation, needs_mass)
-    return _pick(scores, ids, least, u), ~is_open & (is_certain | is_floor)
+        return np.zeros(len(logits), dtype=np.int64), ~is_open, found.peaks
+    width = found.counts[~is_open].max()
+    # an overflow is one of a logit far below the greatest, at a temperature near 0; an open row's peak may be anything
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = (found.logits[:, :width] - found.peaks[:, None]) / temperatures[:, None]
+    scores[is_open] = -np.inf
+    needs_mass = ~is_open & wanted.has_mass
+    least, is_certain = _last_survivors(scores, found.masses, truncation, needs_mass)
+    tokens = _pick(scores, found.ids[:, :width], least, u)
+    return tokens, ~is_open & (is_certain | found.is_floor), found.peaks
 
 
-def _bounds(
-    logits: Floats, peaks: Floats, temperatures: Floats, truncation: Truncation
-) -> tuple[Floats, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """The logit [rows] at which a row's candidates begin, infinite for open rows; which these are; and for which rows
-    it is the floor of min-p, so that nothing below survives anyway."""
-    rows, vocabulary = logits.shape
-    greatest = np.sort(_group_maxima(logits), axis=1)
-    num_groups = greatest.shape[1]
+def _wanted(vocabulary: int, temperatures: Floats, truncation: Truncation) -> Wanted:
+    """Candidates that all survivors are among, as far as parameters tell; none of rows that are better left open."""
     has_top_k = truncation.top_k < vocabulary
     first = np.where(has_top_k, truncation.top_k, np.where(truncation.top_p < 1, _FIRST, 0))
     # top-p after top-k is a share of what top-k leaves, also of what min-p then cuts: all of that must be at hand
     has_floor = (truncation.min_p > 0) & ~(has_top_k & (truncation.top_p < 1))
-    is_open = (first > num_groups // 2) | ((first == 0) & ~has_floor) | ~np.isfinite(peaks)
-    index = num_groups - np.clip(first, 1, num_groups)
-    bounds = np.where(first > 0, greatest[np.arange(rows), index], -np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
-        depth = temperatures * np.log(truncation.min_p)  # not positive
-        floor = np.where(has_floor, peaks + depth - _SLACK * (np.abs(peaks) - depth), -np.inf)
-    is_floor = has_floor & (floor >= bounds)
-    # a forbidden token, at minus infinity, is no candidate
-    bounds = np.maximum(np.maximum(bounds, floor), np.finfo(np.float32).min)
-    bounds[is_open] = np.inf
-    return bounds.astype(np.float32), is_open, is_floor
-
-
-def _group_maxima(logits: Floats) -> Floats:
-    rows, vocabulary = logits.shape
-    size = -(-vocabulary // (_NUM_GROUPS * _GROUP_MULTIPLE)) * _GROUP_MULTIPLE
-    whole = vocabulary // size * size
-    # the groups run across the row, token i belonging to group i modulo their number: numpy's fast direction
-    maxima: Floats = logits[:, :whole].reshape(rows, size, -1).max(axis=1)
-    if whole < vocabulary:
-        maxima = np.concatenate([maxima, logits[:, whole:].max(axis=1, keepdims=True)], axis=1)
-    return maxima
+        depth = np.where(has_floor, temperatures * -np.log(truncation.min_p), np.inf)
+    first[(first > NUM_GROUPS // 2) | ((first == 0) & ~has_floor)] = -1
+    return Wanted(first, depth, (first >= 0) & ~has_top_k & (truncation.top_p < 1))
 
 
 def _last_survivors(

@@ -19,7 +19,9 @@ from inference_worker.model.decode_graphs import DecodeGraphs
 from inference_worker.model.fixed_passes import steady
 from inference_worker.model.forward import Forward
 from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.native.decoder import NativeDecoder
 from inference_worker.model.sampler import BadLogits, Drawn, draw, greatest
+from inference_worker.model.scans import NUMPY
 from inference_worker.model.scores import Scores
 from inference_worker.model.transfer import Download, upload
 
@@ -43,6 +45,7 @@ class ModelRunner:
         self._graphs = None if is_steady else graphs
         self._forward: Forward | None = steady(forward) if is_steady else forward
         self._cache: KVCache | None = cache
+        self.scans = forward.scans if isinstance(forward, NativeDecoder) else NUMPY
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
         # Where attention reads whole blocks, what a failed row wrote has to be cleared before anyone else reads them;
@@ -172,7 +175,7 @@ class _Flight:
         if self._whole:
             whole = ends if not self._partial else ends[upload(np.array(self._whole), ends.device)]
             sequences = [rows[i].sequence for i in self._whole]
-            self._drawn = draw(whole.float(), sequences, one_by_one=runner.is_steady)
+            self._drawn = draw(whole.float(), sequences, runner.scans, one_by_one=runner.is_steady)
         if self._partial:
             self._peaks = Download(ends.gather(1, greatest(ends.float())[:, None])[:, 0])
         scores = Scores.one_by_one if runner.is_steady else Scores

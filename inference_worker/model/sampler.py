@@ -17,6 +17,7 @@ from inference_worker.model.candidates import draw_from_candidates
 from inference_worker.model.grammar_masks import restrict
 from inference_worker.model.penalties import adjusted
 from inference_worker.model.randomness import uniforms
+from inference_worker.model.scans import NUMPY, Scans
 from inference_worker.model.scores import Scores
 from inference_worker.model.transfer import Download, upload
 from inference_worker.model.truncation import Truncation, thresholds
@@ -41,37 +42,41 @@ class NothingAllowed(GrammarFailed):
     """The tokens that a row's grammar allows are all impossible for the model."""
 
 
-def sample(logits: torch.Tensor, rows: Rows[Sequence]) -> list[Token | Exception]:
+def sample(
+    logits: torch.Tensor, rows: Rows[Sequence], scans: Scans = NUMPY
+) -> list[Token | Exception]:
     """Draw a token for each row, or say why it cannot be; see `draw`."""
-    return draw(logits, rows).read()
+    return draw(logits, rows, scans).read()
 
 
-def draw(logits: torch.Tensor, rows: Rows[Sequence], *, one_by_one: bool = False) -> Drawn:
+def draw(
+    logits: torch.Tensor, rows: Rows[Sequence], scans: Scans = NUMPY, *, one_by_one: bool = False
+) -> Drawn:
     """Draw a token for each row.
 
     `logits` is float32 [rows, vocabulary] and the same afterwards. Bias and penalties come first (`penalties`), then
     what a row's grammar forbids (`grammar_masks`), then temperature, which divides the logits, then `truncation`;
     temperature 0 takes the greatest logit, the first of equal ones. Log-probabilities, where asked for, are those of
-    the logits as the model gave them.
+    the logits as the model gave them. `scans` go through logits on a CPU.
 
     A row that fails costs the others nothing. `one_by_one`: nor does a sum's rounding depend on what else is drawn.
     """
     try:
         if one_by_one and len(rows) > 1:
-            return _draw_each(logits, rows)
-        part = _Part(logits, rows)
+            return _draw_each(logits, rows, scans)
+        part = _Part(logits, rows, scans)
         return Drawn(part.tokens, [part])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever one row's parameters raise must not reach the others
         if len(rows) == 1:
             return Drawn(torch.zeros(1, dtype=torch.int64, device=logits.device), [error])
-    return _draw_each(logits, rows)
+    return _draw_each(logits, rows, scans)
 
 
-def _draw_each(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
+def _draw_each(logits: torch.Tensor, rows: Rows[Sequence], scans: Scans) -> Drawn:
     # copies, for where in memory a row begins may count too
-    each = [draw(logits[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
+    each = [draw(logits[i : i + 1].clone(), [row], scans) for i, row in enumerate(rows)]
     tokens = torch.cat([drawn.tokens for drawn in each])
     return Drawn(tokens, [part for drawn in each for part in drawn.parts])
 
@@ -94,12 +99,12 @@ class Drawn:
 class _Part:
     """Rows drawn together."""
 
-    def __init__(self, logits: torch.Tensor, rows: Rows[Sequence]) -> None:
+    def __init__(self, logits: torch.Tensor, rows: Rows[Sequence], scans: Scans) -> None:
         self._logits = logits
         self._rows = rows
         with adjusted(logits, rows) as changed:
             restricted, self._failures = restrict(changed, rows)
-            self.tokens, sound = _choose(restricted, rows)
+            self.tokens, sound = _choose(restricted, rows, scans)
         # failed rows are told apart by a negative id: one transfer from the device for tokens and failures
         self._outcome = Download(self.tokens.masked_fill(~sound, -1))
         self._asked = [i for i, row in enumerate(rows) if row.request.output.logprobs is not None]
@@ -127,17 +132,19 @@ class _Part:
         return Scores(self._logits[asked], self.tokens[asked], num_top)
 
 
-def _choose(logits: torch.Tensor, rows: Rows[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose(
+    logits: torch.Tensor, rows: Rows[Sequence], scans: Scans
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [rows], and which of them come of a row that leaves something to choose [rows]."""
     drawn = [i for i, row in enumerate(rows) if row.request.sampling.temperature > 0]
-    tokens = greatest(logits)
-    peaks = logits.gather(1, tokens[:, None])[:, 0]
-    sound = peaks.isfinite()
     if len(drawn) == len(rows):
-        tokens = _draw(logits, peaks, rows)
-    elif drawn:
+        tokens, peaks = _draw(logits, rows, scans)
+        return tokens, peaks.isfinite()
+    tokens = greatest(logits)
+    sound = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    if drawn:
         where = upload(np.array(drawn), logits.device)
-        tokens[where] = _draw(logits, peaks, rows)[where]
+        tokens[where] = _draw(logits, rows, scans)[0][where]
     return tokens, sound
 
 
@@ -157,11 +164,14 @@ def _failure(logits: torch.Tensor, row: Sequence) -> Exception:
     return SamplingFailed("the sampling parameters make the logits overflow")
 
 
-def _draw(logits: torch.Tensor, peaks: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
-    """Token ids [rows] drawn at each row's temperature; a row that is not finite gets any.
+def _draw(
+    logits: torch.Tensor, rows: Rows[Sequence], scans: Scans
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows] drawn at each row's temperature, and the greatest logits [rows]; a row whose greatest is not
+    finite gets any token.
 
-    `peaks` [rows] are the greatest logits. A row at temperature 0 takes part as one of a single candidate, which costs
-    less than leaving its logits out, and its token means nothing.
+    A row at temperature 0 takes part as one of a single candidate, which costs less than leaving its logits out, and
+    its token means nothing.
     """
     params = [p if (p := row.request.sampling).temperature > 0 else _GREEDY for row in rows]
     temperatures = _temperatures(params)
@@ -176,27 +186,30 @@ def _draw(logits: torch.Tensor, peaks: torch.Tensor, rows: Rows[Sequence]) -> to
         [row.num_drawn_tokens for row in rows],
     )
     if logits.device.type != "cpu":
-        return draw_on_device(logits, peaks, temperatures, truncation, u)
-    return torch.from_numpy(draw_on_cpu(logits.numpy(), peaks.numpy(), temperatures, truncation, u))
+        peaks = logits.amax(1)
+        return draw_on_device(logits, peaks, temperatures, truncation, u), peaks
+    drawn, greatest_logits = draw_on_cpu(logits.numpy(), temperatures, truncation, u, scans)
+    return torch.from_numpy(drawn), torch.from_numpy(greatest_logits)
 
 
 def draw_on_cpu(
     logits: npt.NDArray[np.float32],
-    peaks: npt.NDArray[np.float32],
     temperatures: npt.NDArray[np.float32],
     truncation: Truncation,
     u: npt.NDArray[np.float64],
-) -> npt.NDArray[np.int64]:
-    """Token ids [rows]. How a row is drawn follows from that row alone, so it draws the same in any batch."""
+    scans: Scans = NUMPY,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Token ids and greatest logits [rows]. How a row is drawn follows from that row alone, so it draws the same in any
+    batch."""
     is_narrow = truncation.is_narrow(logits.shape[1])
-    is_certain = np.zeros(len(logits), dtype=np.bool_)
-    tokens = np.zeros(len(logits), dtype=np.int64)
-    if is_narrow.any():
-        tokens, is_certain = draw_from_candidates(logits, peaks, temperatures, truncation, u)
-    if not is_certain.all():
-        left = ~is_certain
-        tokens[left] = draw_from_whole_rows(logits, peaks, temperatures, truncation, u, left)[left]
-    return tokens
+    tokens, is_certain, peaks = draw_from_candidates(logits, temperatures, truncation, u, scans)
+    if (whole := ~is_narrow).any():
+        drawn = scans.draw_untruncated(logits, peaks, temperatures, u, whole)
+        tokens[whole] = drawn[whole]
+    if (left := is_narrow & ~is_certain).any():
+        drawn = draw_from_whole_rows(logits, peaks, temperatures, truncation, u, left)
+        tokens[left] = drawn[left]
+    return tokens, peaks
 
 
 def draw_on_device(

@@ -28,25 +28,24 @@ def draw_from_whole_rows(
     logits: Floats,
     peaks: Floats,
     temperatures: Floats,
-    truncation: Truncation,
+    truncation: Truncation | None,
     u: npt.NDArray[np.float64],
     wanted: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int64]:
     """Token ids [rows] of the wanted rows [rows]; 0 of the others, and of those whose peak is not finite.
 
     `logits` [rows, vocabulary], of which `peaks` [rows] are the greatest; `temperatures` [rows] are above 0; `u` [rows]
-    are uniform numbers in [0, 1).
+    are uniform numbers in [0, 1). Without a truncation all tokens take part.
     """
     vocabulary = logits.shape[1]
     tokens = np.zeros(len(logits), dtype=np.int64)
     scores = np.empty(vocabulary, dtype=np.float32)
     [groups] = _empty_groups(vocabulary, 1)
     weights = groups.reshape(-1)[:vocabulary]
-    is_narrow = truncation.is_narrow(vocabulary)
     with np.errstate(over="ignore"):  # see _weigh
         for row in np.flatnonzero(wanted & np.isfinite(peaks)).tolist():
             _weigh(logits[row], peaks[row], temperatures[row], scores, weights)
-            if is_narrow[row]:
+            if truncation is not None:
                 weights[scores < _last_survivor(scores, weights, truncation, row)] = 0
             tokens[row] = _invert(groups, float(u[row]))
     return tokens

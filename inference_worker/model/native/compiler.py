@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 _FOLDER: Final = Path(__file__).parent
-_SOURCE: Final = _FOLDER / "decoder.c"
+_SOURCES: Final = (_FOLDER / "decoder.c", _FOLDER / "scans.c")
 _FLAGS: Final = (
     "-O3",
     "-ffp-contract=fast",
@@ -63,7 +63,8 @@ def compile_library(compiler: Sequence[str], dtype: str, flags: Sequence[str], p
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder, path.name)
-        _run([*compiler, *_FLAGS, *flags, *_DEFINES[dtype], "-o", str(output), str(_SOURCE), "-lm"])
+        sources = map(str, _SOURCES)
+        _run([*compiler, *_FLAGS, *flags, *_DEFINES[dtype], "-o", str(output), *sources, "-lm"])
         with output.open("rb+") as file:
             os.fsync(file.fileno())
         output.replace(path)

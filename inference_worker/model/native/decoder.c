@@ -52,7 +52,6 @@ typedef struct {
     const float *cosine, *sine;                   /* [num_positions, head size] */
 } Tokens;
 
-
 /* y[rows, columns] = x[rows, size] matrix[columns, size]^T + bias; added to what y holds if `adds`. */
 typedef struct {
     const operand *x;
@@ -75,10 +74,6 @@ typedef struct {
     float *operands; /* and, behind those of all rows, a float for each 32 */
     Product product;
 } Pass;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* How many of `count` equal items make a part. */
 INLINE int64_t part_size(const Pool *pool, int64_t count, int64_t cost) {

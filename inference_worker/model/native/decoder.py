@@ -22,6 +22,7 @@ from inference_worker.model.decoder import FusedDecoder, Layer, Norm
 from inference_worker.model.kv_cache import KVCache
 from inference_worker.model.native.library import NativeLibrary, load_library
 from inference_worker.model.native.matrix import CMatrix, Matrix, Unfit, address
+from inference_worker.model.native.scans import NativeScans
 
 _Words: TypeAlias = npt.NDArray[np.int64]
 
@@ -101,6 +102,7 @@ class NativeDecoder:
         """
         _check(decoder, cache)
         self._library = load_library(str(cache.dtype).removeprefix("torch."))
+        self.scans = NativeScans(self._library)
         # what C has addresses of lives here
         self._cache = cache
         self._tensors = [decoder.embedding.weight, *(norm.weight for norm in _norms(decoder))]

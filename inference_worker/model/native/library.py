@@ -27,7 +27,7 @@ _OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NativeLibrary:
-    """The functions of decoder.c and pool.h."""
+    """The functions of decoder.c, pool.h and scans.c."""
 
     def __init__(self, path: Path) -> None:
         """Raises: OSError, if it does not load."""
@@ -40,6 +40,11 @@ class NativeLibrary:
         self.start_pool.argtypes, self.start_pool.restype = [c_int64], c_void_p
         self.stop_pool: Any = library.stop_pool
         self.stop_pool.argtypes, self.stop_pool.restype = [c_void_p], None
+        self.survey: Any = library.survey
+        self.survey.argtypes, self.survey.restype = [*[c_int64] * 3, *[c_void_p] * 11], c_int64
+        self.draw_untruncated: Any = library.draw_untruncated
+        self.draw_untruncated.argtypes = [c_int64, c_int64, *[c_void_p] * 7]
+        self.draw_untruncated.restype = None
 
 
 class _Unsafe(Exception):

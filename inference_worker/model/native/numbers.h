@@ -9,8 +9,10 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
 #define PRODUCT_BFLOAT16 1 /* the processor multiplies pairs of bfloat16 */
 #endif
 
@@ -60,11 +62,31 @@ INLINE float widen(number x) { return x; }
 INLINE number narrow(float f) { return f; }
 #endif
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 INLINE vector get(const float *p) { return *(const unaligned *)p; }
+INLINE vector get_some(const float *p, int64_t count) { /* minus infinity in the lanes from `count` on */
+    vector x = (vector){0} - INFINITY;
+    for (int64_t i = 0; i < count && i < LANES; i++) x[i] = p[i];
+    return x;
+}
 INLINE void put(float *p, vector x) { *(unaligned *)p = x; }
 INLINE vector all(float x) { return (vector){0} + x; }
 INLINE vector pick(mask where, vector a, vector b) { return (vector)((where & (mask)a) | (~where & (mask)b)); }
 INLINE vector greater(vector a, vector b) { return pick(a > b, a, b); }
+
+/* Bit i says whether lane i is `bound` or more. */
+INLINE uint32_t lanes_from(vector x, float bound) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (uint32_t)(x[i] >= bound) << i;
+    return bits;
+#endif
+}
 
 /* Lane i of the four is the sum of lanes i, i + 4, i + 8 and i + 12, in halves. */
 INLINE four fold(vector x) {

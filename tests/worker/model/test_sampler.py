@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,36 @@ from inference_worker.engine.request import OutputParams, SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model import sampler
 from inference_worker.model.candidates import draw_from_candidates
+from inference_worker.model.native.compiler import CannotCompile
+from inference_worker.model.native.library import NotSuited, load_library
+from inference_worker.model.native.scans import NativeScans
 from inference_worker.model.randomness import uniforms
-from inference_worker.model.sampler import BadLogits, SamplingFailed, sample
+from inference_worker.model.sampler import BadLogits, SamplingFailed
+from inference_worker.model.scans import NUMPY, Scans, Wanted
 from inference_worker.model.truncation import Truncation
 from tests.worker.model.driver import new_sequence
 
 VOCABULARY = 700  # more than two groups of the inverse CDF, and no multiple of one
+
+
+_scans: Scans = NUMPY
+
+
+@pytest.fixture(scope="module", params=["numpy", "C"], autouse=True)
+def scans(request: pytest.FixtureRequest) -> Iterator[Scans]:
+    """What every test here goes through the logits with."""
+    global _scans
+    if request.param == "C":
+        try:
+            _scans = NativeScans(load_library("float32"))
+        except (CannotCompile, NotSuited) as error:
+            pytest.skip(str(error))
+    yield _scans
+    _scans = NUMPY
+
+
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Token | Exception]:
+    return sampler.sample(logits, sequences, _scans)
 
 
 def logits_of(
@@ -179,7 +205,7 @@ def test_rows_of_a_large_vocabulary_draw_alone_as_in_a_batch() -> None:
     assert together == [one(row, s).token_id for row, s in zip(logits, sequences, strict=True)]
 
 
-def test_candidates_are_certain_where_few_survive_and_left_open_where_many_do() -> None:
+def test_candidates_are_certain_where_few_survive_and_left_open_where_many_do(scans: Scans) -> None:
     sharp, flat = (logits_of(1, seed=5, scale=x, vocabulary=LARGE).numpy() for x in (6.0, 0.5))
     equal = np.zeros((1, LARGE), dtype=np.float32)
     rows = np.concatenate([sharp, sharp, sharp, sharp, flat, flat, flat, equal])
@@ -190,12 +216,54 @@ def test_candidates_are_certain_where_few_survive_and_left_open_where_many_do() 
     )
     ones = np.ones(len(rows), dtype=np.float32)
     u = np.full(len(rows), 0.5)
-    _ids, is_certain = draw_from_candidates(rows, rows.max(1), ones, truncation, u)
+    _ids, is_certain, peaks = draw_from_candidates(rows, ones, truncation, u, scans)
+    assert peaks.tolist() == rows.max(1).tolist()
     assert is_certain.tolist() == [True, True, True, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("vocabulary", [1, 15, 511, 700, 4109, LARGE])
+def test_both_scans_find_the_same(vocabulary: int, scans: Scans) -> None:
+    """Numpy's are the reference of those in C."""
+    rows = 24
+    logits = logits_of(rows, seed=vocabulary, scale=6.0, vocabulary=vocabulary).numpy()
+    logits[::5] = logits[::5].round()  # ties
+    logits[1::5, vocabulary // 2 + 1 :] = -math.inf
+    for row, bad in ((3, math.nan), (9, math.inf), (15, -math.inf)):
+        logits[row, vocabulary // 3 :] = bad
+        logits[row, : vocabulary // 3] = bad if math.isinf(bad) else 1.0
+    temperatures = np.linspace(0.3, 2.0, rows, dtype=np.float32)
+    temperatures[::3] = 1.0
+    wanted = Wanted(
+        first=np.array([0, 5, 40, -1] * 6),
+        depth=np.array([1.5, math.inf, 3.0, math.inf] * 6),
+        has_mass=np.array([False, True, True, False] * 6),
+    )
+    found, expected = (s.survey(logits, temperatures, wanted, 1024) for s in (scans, NUMPY))
+    np.testing.assert_array_equal(found.peaks, expected.peaks)
+    np.testing.assert_allclose(found.masses, expected.masses, rtol=1e-6)
+    for row in np.flatnonzero((found.counts <= 1024) & (expected.counts <= 1024)):
+        # the one bound that does not depend on how a row is cut into groups
+        if found.is_floor[row]:
+            expected_ids = expected.ids[row, : expected.counts[row]]
+            assert expected.is_floor[row]
+            assert found.ids[row, : found.counts[row]].tolist() == expected_ids.tolist()
+        ids = found.ids[row, : found.counts[row]]
+        assert found.logits[row, : len(ids)].tolist() == logits[row, ids].tolist()
+        if len(ids):  # all that are as great as the least
+            assert ids.tolist() == np.flatnonzero(logits[row] >= logits[row, ids].min()).tolist()
+            at_least = 1 if found.is_floor[row] else wanted.first[row]
+            assert len(ids) >= min(at_least, np.isfinite(logits[row]).sum())
+    u = np.linspace(0, 1 - 2**-53, rows)
+    everyone = np.ones(rows, dtype=np.bool_)
+    drawn = [
+        s.draw_untruncated(logits, expected.peaks, temperatures, u, everyone)
+        for s in (scans, NUMPY)
+    ]
+    assert drawn[0].tolist() == drawn[1].tolist()
+
+
 @pytest.mark.parametrize("vocabulary", [700, 5000])
-def test_a_gpu_would_draw_what_a_cpu_draws(vocabulary: int) -> None:
+def test_a_gpu_would_draw_what_a_cpu_draws(vocabulary: int, scans: Scans) -> None:
     kinds = [fields for fields in PARAMETERS.values() if not {"logit_bias"} & fields.keys()]
     params = [SamplingParams(**fields) for fields in kinds * 8]
     logits = logits_of(len(params), seed=8, vocabulary=vocabulary)
@@ -208,7 +276,7 @@ def test_a_gpu_would_draw_what_a_cpu_draws(vocabulary: int) -> None:
     u = uniforms(range(len(params)), [0] * len(params), [0] * len(params))
     peaks = logits.amax(1)
     there = sampler.draw_on_device(logits, peaks, temperatures, truncation, u).tolist()
-    here = sampler.draw_on_cpu(logits.numpy(), peaks.numpy(), temperatures, truncation, u)
+    here, _peaks = sampler.draw_on_cpu(logits.numpy(), temperatures, truncation, u, scans)
     assert sum(a != b for a, b in zip(there, here.tolist(), strict=True)) <= 1
 
 
