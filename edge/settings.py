@@ -218,8 +218,8 @@ class EdgeSettings(BaseSettings):
         2,
         gt=0,
         le=60,
-        description="Time a request may wait while the worker's health is not yet known, and the"
-        " time limit of a call that only asks the worker something.",
+        description="Time a request may wait while the worker's health is not yet known or none of"
+        " several workers serves, and the time limit of a call that only asks the worker something.",
         json_schema_extra=unit("seconds"),
     )
     unready_seconds: float = Field(

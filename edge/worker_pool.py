@@ -113,10 +113,13 @@ class WorkerPool:
         return equal[self._turn % len(equal)]
 
     async def serving(self) -> WorkerClient:
-        """As `pick`, but waits a little while no worker's health is known. Raises a 503 when none serves."""
+        """As `pick`, but waits a little while a worker's health is not known, or another one may yet come to serve.
+
+        Raises a 503 when none serves.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.connect_timeout_seconds):
-                while not self.is_serving and self._is_unknown:
+                while not self.is_serving and (self._is_unknown or self.has_others):
                     await self.changed()
         client = self.pick()
         if client is None:

@@ -87,6 +87,7 @@ class WorkerStream:
             return message
 
     async def _begin(self) -> pb.GenerateResponse | None:
+        until = self._clock() + self._settings.connect_timeout_seconds
         worker = self._workers.pick()
         if worker is None:
             worker = await self._unless_cancelled(self._workers.serving())
@@ -96,7 +97,7 @@ class WorkerStream:
                 message = await self._ask(worker)
             except EdgeError as error:
                 tried.append(worker)
-                other = self._other(tried, error)
+                other = await self._other(tried, error, until)
                 if other is None:
                     raise
                 self._workers.metrics.retries.inc()
@@ -123,12 +124,18 @@ class WorkerStream:
         worker.began(call)
         return message
 
-    def _other(self, tried: list[WorkerClient], error: EdgeError) -> WorkerClient | None:
+    async def _other(
+        self, tried: list[WorkerClient], error: EdgeError, until: float
+    ) -> WorkerClient | None:
         """Another worker for a request that the last one did not begin, unless it has been to enough of them."""
         if _is_lost(error):
-            if self._may_go_on_after(error):
-                return self._workers.pick(tried)
-        elif _is_want_of_room(error):
+            if not self._may_go_on_after(error):
+                return None
+            if error.reason in _STOPPING:
+                # Of workers restarted one after the other the next may stop just before the last one is known to serve.
+                return await self._next(list(tried), until)
+            return self._workers.pick(tried)
+        if _is_want_of_room(error):
             other = self._workers.pick(tried)
             if len(tried) < _REFUSALS and other is not None and not other.refusals.is_full:
                 return other

@@ -29,7 +29,8 @@ class StepWatchdog:
 
     A step hangs when that many looks in a row find the same one: time alone would also tell so of a process that was
     stopped and goes on. If the loop itself gets no turn, because some C code keeps the interpreter for good, Python's
-    faulthandler writes every thread's stack to stderr and ends the process with exit code 1.
+    faulthandler writes every thread's stack to stderr and ends the process with exit code 1. That one goes by time
+    alone, since no Python runs then: it also ends a process that goes on after it was stopped for as long.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ from tests.edge.scripted_worker import (
     retry_in,
     start_server,
 )
+from tests.metrics_text import Scrape
 
 FULL = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(2))
 LOST = failing(grpc.StatusCode.UNAVAILABLE)
@@ -72,6 +73,55 @@ async def test_a_request_lost_before_its_first_message_is_begun_on_another_worke
         pool.workers[1].script = LOST
         assert (await pool.ask()).status_code == 503
         assert pool.counts() == [2, 3]  # each once
+
+
+async def test_a_request_waits_for_one_of_several_workers_to_serve_again() -> None:
+    async with running_pool(2, connect_timeout_seconds=PATIENCE) as pool:
+        for worker in pool.workers:
+            await worker.set_serving(False)
+        await until_not_ready(pool.http)
+        asked = asyncio.create_task(pool.ask())
+        async with asyncio.timeout(PATIENCE):
+            while Scrape((await pool.http.get("/metrics")).text)("sluice_edge_generations") < 1:
+                await asyncio.sleep(0.01)
+        await pool.workers[1].set_serving(True)
+        assert (await asked).status_code == 200
+        assert pool.counts() == [0, 1]
+
+
+async def test_but_not_for_long() -> None:
+    async with running_pool(2, connect_timeout_seconds=0.2) as pool:
+        for worker in pool.workers:
+            await worker.set_serving(False)
+        await until_not_ready(pool.http)
+        refused = await pool.ask()
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+
+
+async def test_a_worker_that_stops_sends_requests_to_one_that_is_only_just_back() -> None:
+    async with running_pool(2, connect_timeout_seconds=PATIENCE) as pool:
+        stopping, back = pool.workers
+        await back.set_serving(False)
+        await pool.edge.line(lambda line: line.get("serving") is False)
+        refuse = failing(grpc.StatusCode.UNAVAILABLE, "stopping", error_info("DRAINING"))
+        refused = asyncio.Event()
+
+        async def stop(call: ScriptedCall) -> None:
+            await stopping.set_serving(False)
+            refused.set()
+            await refuse(call)
+
+        async def come_back() -> None:
+            await refused.wait()
+            await asyncio.sleep(0.2)  # so that the edge, most likely, has the refusal first
+            await back.set_serving(True)
+
+        stopping.script = stop
+        coming = asyncio.create_task(come_back())
+        assert (await pool.ask()).status_code == 200
+        assert pool.counts() == [1, 1]
+        await coming
 
 
 async def test_how_often_is_limited() -> None:

@@ -1,11 +1,11 @@
-"""Some worker processes behind one edge process, which come and go."""
+"""Some worker processes behind edge processes, which come and go."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +17,19 @@ from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.integration.stack import PATIENCE, LoggedProcess
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 @dataclass
-class WorkerProcess:
-    """A worker on a port of its own, which it keeps over restarts."""
+class RestartableProcess:
+    """A worker or an edge on a port of its own, which it keeps over restarts."""
 
     module: str
     flags: dict[str, object]
-    port: int
+    port: int = field(default_factory=_free_port)
     log: LoggedProcess = field(init=False)
 
     @property
@@ -33,14 +39,24 @@ class WorkerProcess:
     def start(self) -> None:
         self.log = LoggedProcess(self.module, {**self.flags, "port": self.port})
 
-    def wait_ready(self) -> None:
-        self.log.wait_for_line(event="ready")
-
     def send(self, number: signal.Signals) -> None:
         self.log.process.send_signal(number)
 
     def wait(self) -> int:
         return self.log.process.wait(timeout=PATIENCE)
+
+    def kill(self) -> None:
+        """End it, if it runs."""
+        if hasattr(self, "log") and self.log.process.poll() is None:
+            self.log.process.kill()
+            self.log.process.wait()
+
+
+class WorkerProcess(RestartableProcess):
+    """A worker."""
+
+    def wait_ready(self) -> None:
+        self.log.wait_for_line(event="ready")
 
     def load(self) -> pb.GetLoadResponse:
         with grpc.insecure_channel(self.address) as channel:
@@ -85,10 +101,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+@contextmanager
+def running_workers(
+    flags: Sequence[Mapping[str, object]], module: str = "inference_worker"
+) -> Iterator[list[WorkerProcess]]:
+    """Start a worker for each of these flags, and wait until all are ready; at the end none is left."""
+    fixed = {"host": "127.0.0.1", "threads": 1}
+    workers = [WorkerProcess(module, {**fixed, **given}) for given in flags]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.wait_ready()
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 @contextmanager
@@ -99,26 +127,19 @@ def running_cluster(
     worker_module: str = "inference_worker",
 ) -> Iterator[Cluster]:
     """Start them, and wait until all serve; at the end none is left."""
-    flags = {"host": "127.0.0.1", "threads": 1, **(worker_flags or {})}
-    workers = [WorkerProcess(worker_module, flags, _free_port()) for _ in range(count)]
-    edge = None
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.wait_ready()
+    with running_workers([worker_flags or {}] * count, worker_module) as workers:
         targets = ",".join(worker.address for worker in workers)
         edge = LoggedProcess(
             "edge", {"host": "127.0.0.1", "port": 0, "worker": targets, **(edge_flags or {})}
         )
-        port = edge.wait_for_line(event="edge listening")["port"]
-        cluster = Cluster(workers, edge, f"http://127.0.0.1:{port}")
-        for worker in workers:
-            cluster.wait_serving(worker)
-        yield cluster
-        assert edge.stop() == 0
-    finally:
-        for process in (edge, *(worker.log for worker in workers if hasattr(worker, "log"))):
-            if process is not None and process.process.poll() is None:
-                process.process.kill()
-                process.process.wait()
+        try:
+            port = edge.wait_for_line(event="edge listening")["port"]
+            cluster = Cluster(workers, edge, f"http://127.0.0.1:{port}")
+            for worker in workers:
+                cluster.wait_serving(worker)
+            yield cluster
+            assert edge.stop() == 0
+        finally:
+            if edge.process.poll() is None:
+                edge.process.kill()
+                edge.process.wait()
