@@ -24,7 +24,9 @@ def test_the_readme_tells_the_versions_that_are_tested() -> None:
     assert len(told) == section.count("\n| `"), "a row that is not read"
     lock = json.loads((HERE / "node" / "package-lock.json").read_text())["packages"]
     python = pins(ROOT / "constraints.txt") | {
-        "litellm": pins(HERE / "litellm" / "requirements.txt")["litellm"]
+        "litellm": pins(HERE / "litellm" / "requirements.txt")["litellm"],
+        "lm_eval": pins(HERE / "lm_eval" / "requirements.txt")["lm_eval"],
+        "smg": pins(ROOT / "constraints.gateway.txt")["smg"],
     }
     assert told == {
         (name, registry): (
