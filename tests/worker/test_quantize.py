@@ -28,7 +28,7 @@ def refusal(*arguments: object) -> str:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert (result.returncode, result.stdout) == (2, "")
     lines = result.stderr.strip().splitlines()

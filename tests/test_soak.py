@@ -1,0 +1,25 @@
+"""A minute of the soak: whatever its clients do, and though a worker is killed, nothing is lost or left over."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_minute_of_everything_loses_nothing() -> None:
+    command = [sys.executable, "-m", "benchmarks.soak", "--minutes=1", "--warm-up-minutes=0.2"]
+    result = subprocess.run(
+        [*command, "--kill-seconds=20"], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.search(
+        r"(\d+) kills of a worker, ([\d,]+) requests, 0 failures, 0 leaked blocks", result.stdout
+    )
+    assert found is not None, result.stdout
+    assert int(found[1]) >= 1
+    for ending in ("whole and right", "left", "told 429", "told 4xx"):
+        assert f"| {ending}" in result.stdout
