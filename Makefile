@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH_INDEX_URL ?=
 PIP_INSTALL := .venv/bin/python -m pip install --no-warn-script-location -c constraints.txt
 # Test files that run side by side.
+# Real processes on a busy machine: a test that fails is tried once more, and the summary names it.
 TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +29,7 @@ run: $(VENV)/installed-serve
 	@$(BIN)/python deploy/local.py
 
 test: $(VENV)/installed-dev $(VENV)/installed-gateway
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
