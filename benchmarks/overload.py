@@ -2,9 +2,9 @@
 
 `python -m benchmarks.overload` starts a worker around a scripted model, whose steps take the time of a GPU's and none
 of the processor's, and an edge. First it measures the capacity: tokens a second with twice as many readers as slots,
-each asking again once it is answered. Then it offers ten times as many requests as that, evenly, for a minute, on a
-connection each, whatever becomes of them. The peer is the same worker and edge with their limits out of reach: all that
-comes waits.
+each asking again once it is answered, from when all are there until the first goes. Then it offers ten times as many
+requests as that, evenly, for a minute, on a connection each, whatever becomes of them. The peer is the same worker and
+edge with their limits out of reach: all that comes waits.
 
 - Tokens/s: what the worker generated from the fifth second of the load to its end, as GetLoad counts it.
 - First token and refusal: from the moment at which a request was due, so that a late client counts against the server.
@@ -16,8 +16,8 @@ comes waits.
   gRPC call of refused requests that go to the worker directly, five a second during the load.
 - Memory: resident, before the load, in its middle and at its end.
 
-The fairness part is without the edge: a thousand requests of one key at once, and half a second later one of another;
-with the keys told to the worker, and without.
+The fairness part is without the edge, at the worker whose queue has no end: a thousand requests of one key at once, and
+half a second later one of another; with the keys told to the worker, and without.
 """
 
 from __future__ import annotations
@@ -163,13 +163,30 @@ async def measure(plan: Plan, name: str, server: Server, capacity: float) -> Out
 async def _count(plan: Plan, server: Server, outcome: Outcome) -> None:
     """Tokens a second, and the memory in between."""
     await asyncio.sleep(plan.ramp_seconds)
-    began, before = await server.watch.now()
     rest = plan.seconds - plan.ramp_seconds
-    await asyncio.sleep(rest / 2)
-    outcome.memory.append(server.memory())
-    await asyncio.sleep(rest / 2)
+    async with asyncio.TaskGroup() as group:
+        counting = group.create_task(tokens_per_second(server, rest))
+        await asyncio.sleep(rest / 2)
+        outcome.memory.append(server.memory())
+    outcome.tokens_per_second = counting.result()
+
+
+async def tokens_per_second(server: Server, seconds: float) -> float:
+    """What the worker generates in the next so many seconds."""
+    began, before = await server.watch.now()
+    await asyncio.sleep(seconds)
     ended, after = await server.watch.now()
-    outcome.tokens_per_second = (after.generated_tokens - before.generated_tokens) / (ended - began)
+    return (after.generated_tokens - before.generated_tokens) / (ended - began)
+
+
+async def capacity_of(plan: Plan, server: Server) -> float:
+    """Tokens a second while all slots are taken: neither the first readers' coming nor the last ones' going counts."""
+    load = Load(server.port, plan.max_tokens)
+    ramp, rest = plan.ramp_seconds / 2, plan.seconds / 3
+    async with asyncio.TaskGroup() as group:
+        group.create_task(load.saturate(2 * plan.max_running, ramp + rest))
+        await asyncio.sleep(ramp)
+        return await tokens_per_second(server, rest)
 
 
 async def _probe(plan: Plan, server: Server, outcome: Outcome) -> None:
@@ -217,30 +234,23 @@ async def next_one(server: Server) -> float | None:
     return reply.first_token_at - began
 
 
-async def overload(plan: Plan) -> list[Outcome]:
-    """Sluice, and the server without an end to its queue."""
+async def run(plan: Plan) -> tuple[list[Outcome], list[tuple[float, float]]]:
+    """What Sluice did, and the server without an end to its queue; and there: see `starvation`."""
     limits = {"max_waiting": plan.max_waiting}
     async with serving(plan, **limits) as server:
-        load = Load(server.port, plan.max_tokens)
-        _, before = await server.watch.now()
-        began = time.perf_counter()
-        await load.saturate(2 * plan.max_running, plan.seconds / 3)
-        seconds = time.perf_counter() - began
-        _, after = await server.watch.now()
-        capacity = (after.generated_tokens - before.generated_tokens) / seconds
+        capacity = await capacity_of(plan, server)
         bounded = await measure(plan, "Sluice", server, capacity)
     unbounded = {"max_waiting": _UNBOUNDED, "max_waiting_tokens": 10**12, "max_waiting_kv": 1000}
     async with serving(plan, **unbounded) as server:
-        return [bounded, await measure(plan, "unbounded queue", server, capacity)]
+        outcomes = [bounded, await measure(plan, "unbounded queue", server, capacity)]
+        return outcomes, await starvation(plan, server.stub)
 
 
-async def starvation(plan: Plan) -> list[tuple[float, float]]:
-    """With keys told to the worker and without: see `_starve`."""
-    settings = plan.worker_settings(max_waiting=2 * plan.flood)
-    with running_worker("inference_worker.scripted_model", **settings) as (_, address):
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
-            return [await _starve(plan, stub, *keys) for keys in (("many", "one"), (None, None))]
+async def starvation(
+    plan: Plan, stub: pb_grpc.GenerationServiceAsyncStub
+) -> list[tuple[float, float]]:
+    """With keys told to a worker that lets all wait, and without: see `_starve`."""
+    return [await _starve(plan, stub, *keys) for keys in (("many", "one"), (None, None))]
 
 
 async def _starve(
@@ -309,9 +319,8 @@ def _figures(values: Sequence[float], digits: int, *shares: float) -> list[str]:
 def report(plan: Plan) -> Report:
     """Run, and write it up."""
     load = os.getloadavg()[0]
-    outcomes = uvloop.run(overload(plan))
+    outcomes, starved = uvloop.run(run(plan))
     fairness = Table(("Keys", "First token of the one s", "End of the many s"), labels=1)
-    starved = uvloop.run(starvation(plan))
     for name, (waited, took) in zip(("told", "not told"), starved, strict=True):
         fairness.rows.append((name, f"{waited:.2f}", f"{took:.1f}"))
     return Report(
@@ -345,7 +354,7 @@ def main() -> None:
     given = parser.parse_args()
     plan = Plan(given.model, given.seconds, given.times_capacity, given.step_milliseconds)
     if given.quick:
-        plan = Plan(given.model, 1.5, 10, 10, max_running=4, max_waiting=4, max_tokens=16, flood=60)
+        plan = Plan(given.model, 1.0, 5, 10, max_running=4, max_waiting=4, max_tokens=16, flood=60)
     result = report(plan)
     print(result)
     if given.keep is not None:
