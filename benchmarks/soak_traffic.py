@@ -18,7 +18,9 @@ from protos.sluice.v1 import generation_pb2 as pb
 _OK: Final = 200
 _NO_CONTENT: Final = 204
 _OVERLOADED: Final = 429
-_GONE: Final = frozenset({404, 410})
+# A worker that is killed takes the streams that it keeps with it: one that is being read goes on elsewhere, one whose
+# reader has left, or has come back, does not, and its reader is told.
+_GONE: Final = frozenset({404, 410, 503})
 _DONE: Final = "[DONE]"
 _MAX_CUTS: Final = 6  # of one stream that is resumed
 
@@ -81,6 +83,10 @@ class Tally:
 
 class Wrong(Exception):
     """A request ended as none may; the message says how, in a few words."""
+
+
+class WorkerLost(Wrong):
+    """A stream ended with the word that its worker is gone."""
 
 
 class Client:
@@ -180,17 +186,19 @@ class Client:
                 if last_id and call.status in _GONE:
                     return "told that it cannot be resumed"
                 _expect(call.status, _OK)
-                last = cut == _MAX_CUTS
-                last_id = await self._read_some(call, text, last_id, to_the_end=last)
+                try:
+                    last_id = await self._read_some(call, text, last_id, cut == _MAX_CUTS)
+                except WorkerLost:
+                    if cut:
+                        return "told that it cannot be resumed"
+                    raise
             finally:
                 call.vanish()
             await asyncio.sleep(self._random.uniform(0, 0.3))
         _compare("".join(text), known)
         return "whole and right"
 
-    async def _read_some(
-        self, call: Call, text: list[str], last_id: str, *, to_the_end: bool
-    ) -> str:
+    async def _read_some(self, call: Call, text: list[str], last_id: str, to_the_end: bool) -> str:
         left = self._random.randrange(1, 40)
         async for event in call.events():
             text.append(_native_text(event))
@@ -252,6 +260,8 @@ def _get_after(path: str, last_id: str) -> bytes:
 
 def _native_text(event: Event) -> str:
     fields = event.json()
+    if event.kind == "failed" and fields["error"]["code"] == "unavailable":
+        raise WorkerLost("told that its worker was lost")
     if event.kind == "failed":
         raise Wrong(f"a failed event: {fields}")
     if event.kind == "finished" and fields["finish_reason"] != "length":

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from edge.errors import STREAM_NOT_FOUND, EdgeError, is_lost
+from edge.errors import STREAM_NOT_FOUND, EdgeError, from_status, is_lost
 from edge.request_timeout import seconds_of
 from edge.worker_client import GenerateCall, error_from_call
 from edge.worker_pool import WorkerPool
@@ -39,7 +39,7 @@ class ResumedStream:
     async def read(self) -> pb.GenerateResponse | None:
         """The next message, or None after the last one. Raises: EdgeError."""
         if self._call is not None:
-            return await _read(self._call)
+            return await self._read(self._call)
         return await self._unless_cancelled(self._find())
 
     async def _find(self) -> pb.GenerateResponse | None:
@@ -50,7 +50,7 @@ class ResumedStream:
             "timeout"
         )  # of this call; the generation has a deadline of its own
         calls = [client.generate(self._request, seconds) for client in clients]
-        self._calls = {asyncio.ensure_future(_read(call)): call for call in calls}
+        self._calls = {asyncio.ensure_future(self._read(call)): call for call in calls}
         try:
             message = await self._first_of_all()
         except EdgeError as error:
@@ -97,10 +97,15 @@ class ResumedStream:
         finally:
             self._finding = None
 
-
-async def _read(call: GenerateCall) -> pb.GenerateResponse | None:
-    try:
-        message = await call.read()
-    except grpc.aio.AioRpcError as error:
-        raise error_from_call(error) from None
-    return message if isinstance(message, pb.GenerateResponse) else None  # grpc.aio.EOF
+    async def _read(self, call: GenerateCall) -> pb.GenerateResponse | None:
+        try:
+            message = await call.read()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._is_cancelled or task is None or task.cancelling():
+                raise
+            # A worker that stops in the middle of a call ends it with CANCELLED, which is no wish of ours.
+            raise from_status(grpc.StatusCode.UNAVAILABLE, None, None) from None
+        except grpc.aio.AioRpcError as error:
+            raise error_from_call(error) from None
+        return message if isinstance(message, pb.GenerateResponse) else None  # grpc.aio.EOF

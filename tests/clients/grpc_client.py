@@ -52,8 +52,9 @@ def leave(request: dict[str, Any]) -> dict[str, str]:
 
 def told(error: grpc.RpcError) -> dict[str, Any]:
     """A call's failure, its details by their names."""
-    fields = {"name": error.code().name, "message": error.details()}
-    for key, value in error.trailing_metadata():
+    fields: dict[str, Any] = {"name": error.code().name, "message": error.details()}
+    metadata: Any = error.trailing_metadata()  # whose type says less than it is
+    for key, value in metadata:
         if key == "grpc-status-details-bin":
             for packed in status_pb2.Status.FromString(value).details:
                 kind = packed.type_url.rpartition("/")[2]

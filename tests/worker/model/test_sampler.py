@@ -241,7 +241,7 @@ def test_both_scans_find_the_same(vocabulary: int, scans: Scans) -> None:
     found, expected = (s.survey(logits, temperatures, wanted, 1024) for s in (scans, NUMPY))
     np.testing.assert_array_equal(found.peaks, expected.peaks)
     np.testing.assert_allclose(found.masses, expected.masses, rtol=1e-6)
-    for row in np.flatnonzero((found.counts <= 1024) & (expected.counts <= 1024)):
+    for row in np.flatnonzero((found.counts <= 1024) & (expected.counts <= 1024)).tolist():
         # the one bound that does not depend on how a row is cut into groups
         if found.is_floor[row]:
             expected_ids = expected.ids[row, : expected.counts[row]]
