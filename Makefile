@@ -13,11 +13,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
 
-.PHONY: help run test lint format protos bench gpu clean
+.PHONY: help run test test-all lint format protos bench gpu clean
 
 help:
 	@echo 'make run     set up, serve the embedded model on http://localhost:8000 (Ctrl-C stops)'
 	@echo 'make test    set up, run the test suite'
+	@echo 'make test-all  the slow tests too: quick runs of every benchmark, all kernels compiled, training'
 	@echo 'make lint    ruff, mypy --strict, buf lint'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
@@ -29,6 +30,9 @@ run: $(VENV)/installed-serve
 	@$(BIN)/python deploy/local.py
 
 test: $(VENV)/installed-dev $(VENV)/installed-gateway
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR -m 'not slow'
+
+test-all: $(VENV)/installed-dev $(VENV)/installed-gateway
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR
 
 lint: $(VENV)/installed-dev

@@ -48,6 +48,7 @@ def quick(module: str, kept: Path, *flags: str) -> list[list[str]]:
     return rows(result.stdout)
 
 
+@pytest.mark.slow
 def test_transport_measures_every_pace_and_number_of_streams(tmp_path: Path) -> None:
     found = quick("benchmarks.transport", tmp_path / "RESULTS.md")
     servers = ["edge", "bare", "edge ÷ bare"]
@@ -57,6 +58,7 @@ def test_transport_measures_every_pace_and_number_of_streams(tmp_path: Path) -> 
         assert all(cell[0].isdigit() for cell in row[2:] if cell != "–")
 
 
+@pytest.mark.slow
 def test_cancellation_measures_every_phase(tmp_path: Path) -> None:
     found = quick("benchmarks.cancellation", tmp_path / "RESULTS.md")
     phases = ["queue", "prefill", "decode"]
@@ -72,6 +74,7 @@ def test_cancellation_measures_every_phase(tmp_path: Path) -> None:
         assert beyond == pytest.approx(p99 - step, abs=0.11)  # each is rounded to a tenth
 
 
+@pytest.mark.slow
 def test_overload_measures_both_servers_and_both_orders(tmp_path: Path) -> None:
     found = quick("benchmarks.overload", tmp_path / "RESULTS.md")
     assert [row[0] for row in found] == ["Sluice", "unbounded queue"] * 2 + ["told", "not told"]
@@ -88,6 +91,7 @@ def test_overload_measures_both_servers_and_both_orders(tmp_path: Path) -> None:
     assert all(float(cell) > 0 for row in found[4:] for cell in row[1:])
 
 
+@pytest.mark.slow
 def test_engine_measures_every_engine(tmp_path: Path) -> None:
     flags = ("--models=10M", "--weights=bfloat16")
     found = quick("benchmarks.engine", tmp_path / "RESULTS.md", *flags)
@@ -122,6 +126,7 @@ def test_llama_cpp_computes_the_model_that_it_is_given() -> None:
             check.check(generator.name, prompts, tokens)
 
 
+@pytest.mark.slow
 def test_engine_measures_awq_beside_the_same_values_dense(tmp_path: Path) -> None:
     flags = ("--models=embedded", "--weights=awq", "--engines=sluice")
     found = quick("benchmarks.engine", tmp_path / "RESULTS.md", *flags)
@@ -129,6 +134,7 @@ def test_engine_measures_awq_beside_the_same_values_dense(tmp_path: Path) -> Non
     assert [row[:2] for row in found] == [[n, name] for n in "13" for name in names]
 
 
+@pytest.mark.slow
 def test_sampling_measures_every_kind(tmp_path: Path) -> None:
     flags = ("--distributions=sharp", "--weights=float32")
     found = quick("benchmarks.sampling", tmp_path / "RESULTS.md", *flags)
@@ -136,6 +142,7 @@ def test_sampling_measures_every_kind(tmp_path: Path) -> None:
     assert all(float(row[3]) > 0 for row in found)
 
 
+@pytest.mark.slow
 def test_awq_is_measured_by_layers_and_by_whole_models(tmp_path: Path) -> None:
     found = quick("benchmarks.awq", tmp_path / "RESULTS.md")
     layers, models = found[:2], found[2:]
@@ -145,6 +152,7 @@ def test_awq_is_measured_by_layers_and_by_whole_models(tmp_path: Path) -> None:
     assert all(float(row[3]) > 0 for row in models)
 
 
+@pytest.mark.slow
 def test_structured_output_measures_every_constraint(tmp_path: Path) -> None:
     found = quick("benchmarks.structured_output", tmp_path / "RESULTS.md", "--models=10M")
     speeds, costs = found[: 2 * len(CONSTRAINTS)], found[2 * len(CONSTRAINTS) :]
@@ -156,6 +164,7 @@ def test_structured_output_measures_every_constraint(tmp_path: Path) -> None:
     assert all(float(cell.replace(",", "")) > 0 for cell in cells)
 
 
+@pytest.mark.slow
 def test_conversations_show_what_the_prefix_cache_saves(tmp_path: Path) -> None:
     flags = ("--turns=3", "--words=20", f"--model={CHECKPOINT}")
     found = quick("benchmarks.multi_turn", tmp_path / "RESULTS.md", *flags)
@@ -167,6 +176,7 @@ def test_conversations_show_what_the_prefix_cache_saves(tmp_path: Path) -> None:
     assert {row[3] for row in found[:2]} == {"0"}
 
 
+@pytest.mark.slow
 def test_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     kept = tmp_path / "RESULTS.md"
     found = quick("benchmarks.gpu", kept, "--shape=tiny", "--device=cpu", "--without-vllm")

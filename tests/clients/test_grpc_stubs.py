@@ -67,7 +67,9 @@ def test_a_generation_is_streamed(service: ForeignProcess, stubs: Path) -> None:
     finished = messages[-1]["finished"]
     assert finished["finish_reason"] == "FINISH_REASON_STOP"
     assert finished["usage"]["completion_tokens"] > 0
-    assert [message.get("sequence_number", 0) for message in messages] == list(range(len(messages)))
+    assert [int(message.get("sequence_number", 0)) for message in messages] == [
+        *range(len(messages))
+    ]
 
 
 def test_a_bad_field_is_named(service: ForeignProcess) -> None:
@@ -81,9 +83,10 @@ def test_a_bad_field_is_named(service: ForeignProcess) -> None:
 
 def test_a_deadline_ends_the_generation(slow_service: ForeignProcess, slow_stack: Stack) -> None:
     before = slow_stack.load().generated_tokens
-    with pytest.raises(ForeignError) as caught:
-        slow_service.call("stream", request=LONG, timeout=1)
-    assert caught.value.name == "DEADLINE_EXCEEDED"
+    # it has begun by then, and ends a little before the deadline with what it has
+    messages = slow_service.call("stream", request=LONG, timeout=5)
+    assert text_of(messages)
+    assert messages[-1]["finished"]["finish_reason"] == "FINISH_REASON_DEADLINE"
     slow_stack.wait_idle()
     assert slow_stack.load().generated_tokens - before < ENDLESS, "it ended by itself"
 

@@ -167,7 +167,7 @@ def number_of(event: Event) -> int:
 
 
 def test_a_reader_who_comes_back_after_a_failover_misses_nothing() -> None:
-    body = {"prompt": "go", "max_tokens": 1000, "resume_window": 60}
+    body = {"prompt": "go", "max_tokens": 2000, "resume_window": 60}
     with (
         running_cluster(2, {"step_milliseconds": 5}, worker_module=SCRIPTED) as cluster,
         httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
@@ -175,7 +175,9 @@ def test_a_reader_who_comes_back_after_a_failover_misses_nothing() -> None:
         uncut = read_native(parse(http.post("/v1/streams", json=body).content).events)
         with http.stream("POST", "/v1/streams", json=body) as response:
             pieces = response.iter_bytes()
-            data = next(pieces)
+            data = b""
+            while b"event: delta" not in data:
+                data += next(pieces)
             (worker,) = (worker for worker in cluster.workers if worker.load().running)
             worker.send(signal.SIGKILL)
             wait_until(lambda: bool(cluster.lines("stream lost its worker")))

@@ -214,6 +214,7 @@ def test_long_contexts_stay_finite(model: Any, tokenizer: Any) -> None:
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_the_training_script_makes_a_checkpoint(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     command = [sys.executable, "-m", "inference_worker.default_model.train", "--no-check"]

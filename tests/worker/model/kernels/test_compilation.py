@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 KERNELS = {
     "_normalise",
     "_silu_mul",
@@ -24,6 +26,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 TARGETS = ["bfloat16:80", "bfloat16:90", "float16:90"]
 
 
+@pytest.mark.slow
 def test_kernels_compile_to_machine_code(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
