@@ -19,7 +19,8 @@ from inference_worker.early_signals import end_on_signal
 from inference_worker.engine.event import Candidate, Token
 from inference_worker.engine.request import SamplingParams
 from inference_worker.engine.runner import Row, RowOutput, SynchronousRunner
-from inference_worker.settings import WorkerSettings, unit
+from inference_worker.settings import WorkerSettings
+from inference_worker.settings.setting_group import unit
 
 if TYPE_CHECKING:
     from inference_worker.served_model import ServedModel
