@@ -22,7 +22,7 @@ from inference_worker.engine.runner import Row, RowOutput, Runner, SynchronousRu
 from inference_worker.process import run
 from inference_worker.scripted_model import ScriptedSettings, load_script
 from inference_worker.served_model import ServedModel
-from inference_worker.settings import unit
+from inference_worker.settings.setting_group import unit
 from inference_worker.tokenizer import Tokenizer
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ KEY_PREFIX: Final = "sluice_"
 HASH_PREFIX: Final = "sha256:"
 _NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")  # Caller.key_id of the contract
 _HASH: Final = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{64}}")
-_MAX_WEIGHT: Final = 1000
-_MAX_CONCURRENT: Final = 2**32 - 1
-_MAX_TOKENS_PER_MINUTE: Final = 2**64 - 1
+# As the contract has it.
+_WEIGHTS: Final[tuple[float, float]] = (0.001, 1000)
+_CONCURRENT: Final = (1, 2**32 - 1)
+_TOKENS_PER_MINUTE: Final = (1, 2**64 - 1)
 _DISABLED: Final = "disabled"
 
 N = TypeVar("N", int, float)
@@ -170,9 +170,9 @@ def _parse_line(content: str) -> ApiKey:
     key = ApiKey(
         name[:-1],
         tuple(bytes.fromhex(word.removeprefix(HASH_PREFIX)) for word in digests),
-        _number(options, "weight", float, _MAX_WEIGHT),
-        _number(options, "max_concurrent", int, _MAX_CONCURRENT),
-        _number(options, "tokens_per_minute", int, _MAX_TOKENS_PER_MINUTE),
+        _number(options, "weight", float, _WEIGHTS),
+        _number(options, "max_concurrent", int, _CONCURRENT),
+        _number(options, "tokens_per_minute", int, _TOKENS_PER_MINUTE),
         is_disabled,
     )
     if options:
@@ -183,7 +183,7 @@ def _parse_line(content: str) -> ApiKey:
     return key
 
 
-def _number(options: dict[str, str], name: str, kind: type[N], most: N) -> N | None:
+def _number(options: dict[str, str], name: str, kind: type[N], limits: tuple[N, N]) -> N | None:
     text = options.pop(name, None)
     if text is None:
         return None
@@ -191,6 +191,7 @@ def _number(options: dict[str, str], name: str, kind: type[N], most: N) -> N | N
         value = kind(text)
     except ValueError:
         raise ValueError(f"{name} is not a number") from None
-    if not (0 < value <= most and math.isfinite(value)):
-        raise ValueError(f"{name} must be above 0 and at most {most}")
+    least, most = limits
+    if not least <= value <= most:  # nor is a NaN
+        raise ValueError(f"{name} must be {least} to {most}")
     return value

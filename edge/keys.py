@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " alone. The key is shown this once.",
     )
     parser.add_argument("name", help="who the key is for: 1 to 64 characters of [A-Za-z0-9._:-]")
-    parser.add_argument("--weight", type=float, help="share of a busy worker, above 0 to 1000 (1)")
+    parser.add_argument("--weight", type=float, help="share of a busy worker, 0.001 to 1000 (1)")
     parser.add_argument("--max-concurrent", type=int, help="most requests at once")
     parser.add_argument("--tokens-per-minute", type=int, help="most tokens in a minute")
     given = parser.parse_args(arguments)

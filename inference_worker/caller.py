@@ -11,6 +11,8 @@ from inference_worker.field_rules import check_at_least, check_range, refuse_unk
 from protos.sluice.v1 import generation_pb2 as pb
 
 _KEY_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+# Counters of the fair queue are tokens divided by weights: far smaller ones would swallow the tokens of others.
+_MIN_WEIGHT: Final = 0.001
 _MAX_WEIGHT: Final = 1000
 _MAX_PRIORITY: Final = 100
 
@@ -36,7 +38,7 @@ def read_caller(message: pb.GenerateRequest) -> Caller:
     refuse_unknown_fields(caller, "caller")
     check_key_id("caller.key_id", caller.key_id)
     weight = caller.weight if caller.HasField("weight") else ANYBODY.weight
-    check_range("caller.weight", weight, 0, _MAX_WEIGHT, above_low=True)
+    check_range("caller.weight", weight, _MIN_WEIGHT, _MAX_WEIGHT)
     max_concurrent = tokens_per_minute = None
     if caller.HasField("max_concurrent"):
         max_concurrent = caller.max_concurrent

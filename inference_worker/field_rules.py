@@ -6,12 +6,16 @@ import math
 import re
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from inference_worker.errors import InvalidField, UnsupportedField
 
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# What google/protobuf/duration.proto allows: some 10,000 years, and less than a second.
+_MAX_DURATION_SECONDS: Final = 315_576_000_000
+_MAX_DURATION_NANOS: Final = 999_999_999
 
 
 def refuse_unknown_fields(message: Message, path: str) -> None:
@@ -23,6 +27,23 @@ def refuse_unknown_fields(message: Message, path: str) -> None:
     if len(unknown):
         number = unknown[0].field_number
         raise UnsupportedField(f"{path}.{number}" if path else str(number))
+
+
+def read_duration(path: str, message: Duration) -> float:
+    """Seconds, above 0. Raises: InvalidField, also for what the type itself does not allow; UnsupportedField."""
+    refuse_unknown_fields(message, path)
+    seconds, nanos = message.seconds, message.nanos
+    if abs(seconds) > _MAX_DURATION_SECONDS:
+        limit = _MAX_DURATION_SECONDS
+        raise InvalidField(path, f"must be at most {limit} seconds, got {seconds}")
+    if abs(nanos) > _MAX_DURATION_NANOS or seconds * nanos < 0:
+        raise InvalidField(
+            path, f"nanos must be below a second, with the sign of seconds, got {nanos}"
+        )
+    total = seconds + nanos / 1e9
+    if total <= 0:
+        raise InvalidField(path, f"must be above 0 seconds, got {total:g}")
+    return total
 
 
 def check_range(

@@ -21,6 +21,7 @@ from inference_worker.field_rules import (
     check_at_least,
     check_count,
     check_range,
+    read_duration,
     refuse_unknown_fields,
 )
 from inference_worker.grammar.source import GrammarSource, read_constraint
@@ -198,13 +199,7 @@ def _read_constraint(
 
 
 def _read_timeout(message: pb.GenerateRequest) -> float | None:
-    if not message.HasField("timeout"):
-        return None
-    refuse_unknown_fields(message.timeout, "timeout")
-    seconds = message.timeout.seconds + message.timeout.nanos / 1e9
-    if seconds <= 0:
-        raise InvalidField("timeout", f"must be above 0 seconds, got {seconds:g}")
-    return seconds
+    return read_duration("timeout", message.timeout) if message.HasField("timeout") else None
 
 
 def _read_request_id(message: pb.GenerateRequest) -> str:

@@ -10,13 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from inference_worker.errors import InvalidField, StreamNotFound
-from inference_worker.field_rules import check_count, refuse_unknown_fields
+from inference_worker.field_rules import (
+    check_count,
+    check_range,
+    read_duration,
+    refuse_unknown_fields,
+)
 from inference_worker.kept_stream import KeptStream, ResumeTerms
 from inference_worker.replay import MESSAGE_OVERHEAD, Replay
 from protos.sluice.v1 import generation_pb2 as pb
 
 _RESUME_ID: Final = re.compile(r"rs_[0-9a-f]{48}")
-_MAX_WINDOW_SECONDS: Final = 86_400
+_MAX_WINDOW_SECONDS: Final = 86_400  # longer ones are a mistake in the unit
 _MAX_TAG_CHARS: Final = 256
 _MAX_ANNOTATION_BYTES: Final = 1024 * 1024
 
@@ -164,12 +169,8 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
         if message.continuation.HasField("resume_id"):
             raise InvalidField("continuation.resume_id", "only with resume_window")
         return None
-    window = message.resume_window
-    seconds = window.seconds + window.nanos / 1e9
-    if not 0 < seconds <= _MAX_WINDOW_SECONDS:
-        raise InvalidField(
-            "resume_window", f"must be above 0 to {_MAX_WINDOW_SECONDS} seconds, got {seconds:g}"
-        )
+    seconds = read_duration("resume_window", message.resume_window)
+    check_range("resume_window", seconds, 0, _MAX_WINDOW_SECONDS, above_low=True)
     if message.HasField("resume_tag") and not 1 <= len(message.resume_tag) <= _MAX_TAG_CHARS:
         raise InvalidField("resume_tag", f"must be 1 to {_MAX_TAG_CHARS} characters")
     check_count("annotation", len(message.annotation), _MAX_ANNOTATION_BYTES, "bytes")

@@ -10,7 +10,6 @@ import asyncio
 import platform
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from prometheus_client import (
@@ -26,6 +25,7 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inference_worker.engine.observer import Phase
+from inference_worker.version import version_of_sluice
 
 # Upper bounds in seconds.
 _STEPS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30)
@@ -82,7 +82,7 @@ class WorkerMetrics:
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         info = Gauge("sluice_build_info", "The software.", ["version", "python"], registry=registry)
-        info.labels(_version(), platform.python_version()).set(1)
+        info.labels(version_of_sluice(), platform.python_version()).set(1)
         self._tasks = Gauge("sluice_tasks", "Tasks of the event loop.", registry=registry)
 
         # --- requests
@@ -183,10 +183,3 @@ class WorkerMetrics:
         """A request that its caller gave up is gone, and its blocks are free."""
         self._cancels.labels(phase.value).observe(seconds)
         self._tokens_after_cancel.inc(num_tokens)
-
-
-def _version() -> str:
-    try:
-        return version("sluice")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from inference_worker.errors import InternalError, SlowReader, SluiceError, status_of
 from inference_worker.request_log import get_logger
@@ -98,7 +99,7 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._pending.__exit__()
 
-    async def write(self, message: pb.GenerateResponse) -> None:
+    async def write(self, message: Message) -> None:
         """Write a message. Raises: SlowReader."""
         self._pending.begin()
         try:

@@ -194,8 +194,23 @@ def _rendered_calls(calls: Sequence[pb.ToolCall], path: str) -> list[dict[str, A
     return rendered
 
 
+def _refuse_unknown_within(value: struct_pb2.Struct | struct_pb2.Value, path: str) -> None:
+    """As `refuse_unknown_fields`, at any depth, of which the wire format allows no more than Python."""
+    refuse_unknown_fields(value, path)
+    if isinstance(value, struct_pb2.Struct):
+        for name, inner in value.fields.items():
+            _refuse_unknown_within(inner, f"{path}.{name}")
+    elif value.HasField("struct_value"):
+        _refuse_unknown_within(value.struct_value, path)
+    elif value.HasField("list_value"):
+        refuse_unknown_fields(value.list_value, path)
+        for index, inner in enumerate(value.list_value.values):
+            _refuse_unknown_within(inner, f"{path}[{index}]")
+
+
 def _rendered_arguments(arguments: struct_pb2.Struct, path: str) -> dict[str, Any]:
     """A Struct knows no whole numbers; templates compare with them."""
+    _refuse_unknown_within(arguments, path)
     try:
         given: dict[str, Any] = json_format.MessageToDict(arguments)
     except ValueError as error:  # NaN or infinite

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Coroutine
@@ -18,9 +17,11 @@ from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
 from smg_grpc_proto.generated import common_pb2 as common
 
-from inference_worker.errors import Interrupted, SlowReader, SluiceError
+from inference_worker.errors import Interrupted, InvalidField, SlowReader, SluiceError
+from inference_worker.request_log import get_logger
 from inference_worker.service import Context, Writer, statuses
 from inference_worker.settings import WorkerSettings
+from inference_worker.version import version_of_sluice
 from inference_worker.vllm_engine.request import read_request, their_names
 from inference_worker.vllm_engine.response import AnswerWriter
 from inference_worker.vllm_engine.tokenizer_files import pack_tokenizer
@@ -86,8 +87,12 @@ class VllmEngineService(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]
     async def Abort(self, request: Any, context: Context) -> Any:  # noqa: N802
         """End generations from another connection; those that are not there are none of its business."""
         async with statuses(context):
-            for request_id in request.request_ids:
+            for request_id in filter(None, request.request_ids):
                 self._worker.abort(pb.AbortRequest(request_id=request_id))
+            # Told only now: the others are to end whatever else the list holds.
+            for index, request_id in enumerate(request.request_ids):
+                if not request_id:
+                    raise InvalidField(f"request_ids[{index}]", "is empty")
             return vllm.AbortResponse()
 
     async def HealthCheck(self, _request: Any, _context: Context) -> Any:  # noqa: N802
@@ -134,7 +139,7 @@ class VllmEngineService(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]
         async with statuses(context):
             return vllm.GetLoadsResponse(
                 timestamp=datetime.now(UTC).isoformat(),
-                version=importlib.metadata.version("sluice"),
+                version=version_of_sluice(),
                 dp_rank_count=1,
                 loads=[] if request.dp_rank else [_scheduler_load(self._load())],
             )
@@ -148,13 +153,18 @@ class VllmEngineService(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]
                 )
             # a caller that goes away leaves it to the others
             archive = await asyncio.shield(self._tokenizer)
-            digest = hashlib.sha256(archive).hexdigest()
-            for start in range(0, len(archive), _CHUNK_BYTES):
-                data = archive[start : start + _CHUNK_BYTES]
-                is_last = start + _CHUNK_BYTES >= len(archive)
-                await context.write(
-                    common.GetTokenizerChunk(data=data, sha256=digest if is_last else "")
-                )
+            chunks = [
+                common.GetTokenizerChunk(data=archive[start : start + _CHUNK_BYTES])
+                for start in range(0, len(archive), _CHUNK_BYTES)
+            ]
+            chunks[-1].sha256 = hashlib.sha256(archive).hexdigest()
+            try:
+                with Writer(context, self._settings.send_timeout_seconds) as writer:
+                    for chunk in chunks:
+                        await writer.write(chunk)
+            except SlowReader:
+                get_logger().info("slow reader", call="GetTokenizer")
+                raise
 
     Embed = _refusing("Embed")
     FlushCache = _refusing("FlushCache")

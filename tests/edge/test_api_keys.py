@@ -397,7 +397,13 @@ def test_the_command_makes_keys_that_are_taken() -> None:
         *("dave", 0.5, 3, 9000),
     )
     assert keys.find(secret[:-1]) is None
-    for wrong in (["a b"], ["a", "--weight=0"], ["a", "--weight=nan"], ["a", "--max-concurrent=0"]):
+    for wrong in (
+        ["a b"],
+        ["a", "--weight=0"],
+        ["a", "--weight=nan"],
+        ["a", "--weight=inf"],
+        ["a", "--max-concurrent=0"],
+    ):
         failed = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
         assert failed.returncode == 2
         assert failed.stdout == ""
@@ -410,8 +416,8 @@ def test_the_command_makes_keys_that_are_taken() -> None:
         (f"\nalice sha256:{'0' * 64}", "line 2: must begin with a name"),
         (f"al/ice: sha256:{'0' * 64}", "must begin with a name"),
         (f"alice: sha256:{'0' * 63}", "needs sha256:"),
-        (f"alice: sha256:{'0' * 64} weight=-1", "weight must be above 0"),
-        (f"alice: sha256:{'0' * 64} weight=inf", "weight must be above 0"),
+        (f"alice: sha256:{'0' * 64} weight=-1", "weight must be 0.001 to 1000"),
+        (f"alice: sha256:{'0' * 64} weight=0.0009", "weight must be 0.001 to 1000"),
         (f"alice: sha256:{'0' * 64} weight=1 weight=2", "something is given twice"),
         (f"alice: sha256:{'0' * 64} max_concurrent=1.5", "max_concurrent is not a number"),
         (f"alice: sha256:{'0' * 64} disabled=no", "besides hashes"),

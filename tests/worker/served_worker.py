@@ -198,7 +198,7 @@ async def read_until(call: Call, kind: str) -> list[pb.GenerateResponse]:
 
 
 # A client that takes little before its reader does; by default megabytes go by before anybody notices.
-_NARROW: list[tuple[str, int]] = [
+NARROW: list[tuple[str, int]] = [
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 16384),
 ]
@@ -210,7 +210,7 @@ LONG_STREAMS: dict[str, Any] = {"context_length": 8192, "blocks": 1024}
 async def stalled_call(worker: ServedWorker, **fields: Any) -> AsyncIterator[Call]:
     """A stream of 8000 tokens whose reader has read the header and reads no more, until the test does."""
     output = pb.Output(token_ids=True, logprobs=5)
-    async with grpc.aio.insecure_channel(worker.address, options=_NARROW) as channel:
+    async with grpc.aio.insecure_channel(worker.address, options=NARROW) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         call = stub.Generate(generate_request(**{"max_tokens": 8000, "output": output} | fields))
         await call.read()

@@ -60,6 +60,7 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("caller.key_id", {"caller": pb.Caller(key_id="k" * 65)}),
     ("caller.key_id", {"caller": pb.Caller(key_id="a b")}),
     ("caller.weight", {"caller": pb.Caller(key_id="k", weight=0)}),
+    ("caller.weight", {"caller": pb.Caller(key_id="k", weight=0.0009)}),
     ("caller.weight", {"caller": pb.Caller(key_id="k", weight=1001)}),
     ("caller.weight", {"caller": pb.Caller(key_id="k", weight=NAN)}),
     ("caller.max_concurrent", {"caller": pb.Caller(key_id="k", max_concurrent=0)}),

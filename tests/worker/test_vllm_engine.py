@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -26,7 +29,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.gateway_packages import gateway_variables, needs_gateway, vllm_contract
 from tests.integration.stack import PATIENCE, ROOT, LoggedProcess
-from tests.worker.served_worker import Refusal
+from tests.worker.served_worker import NARROW, Refusal
 
 pytestmark = needs_gateway
 
@@ -43,6 +46,7 @@ class Engine:
     calls: Any  # stub
     native: GenerationServiceStub
     channel: grpc.Channel
+    address: str
     process: LoggedProcess
     script: list[int]  # token ids of the text
     eos_token_id: int
@@ -91,7 +95,7 @@ def running_engine(**flags: object) -> Iterator[Engine]:
             script = native.Tokenize(pb.TokenizeRequest(prompt=prompt), timeout=PATIENCE).token_ids
             (eos,) = native.GetModel(pb.GetModelRequest(), timeout=PATIENCE).eos_token_ids
             calls = services.VllmEngineStub(channel)
-            yield Engine(vllm, calls, native, channel, process, list(script), eos)
+            yield Engine(vllm, calls, native, channel, address, process, list(script), eos)
     finally:
         process.stop(signal.SIGKILL)
 
@@ -245,7 +249,11 @@ def test_errors_name_the_input_that_the_request_has() -> None:
 def test_abort_ends_it_and_knows_no_error(engine: Engine) -> None:
     stream = engine.calls.Generate(engine.request(request_id="a-1", stream=True, **LONG))
     assert next(stream).HasField("chunk")
-    engine.calls.Abort(engine.vllm.AbortRequest(request_ids=["nobody", "a-1"]), timeout=PATIENCE)
+    request = engine.vllm.AbortRequest(request_ids=["nobody", "", "a-1"])
+    with pytest.raises(grpc.RpcError) as told:
+        engine.calls.Abort(request, timeout=PATIENCE)
+    refusal = Refusal(cast(grpc.Call, told.value))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request_ids[1]")
     assert list(stream)[-1].complete.finish_reason == "abort"
     engine.wait_idle()
 
@@ -310,6 +318,29 @@ def test_the_tokenizer_comes_as_an_archive(engine: Engine) -> None:
         for name in ("tokenizer.json", "config.json", "chat_template.jinja"):
             assert files.read(name) == (CHECKPOINT / name).read_bytes()
         assert "model.safetensors" not in files.namelist()
+
+
+def test_who_does_not_read_the_archive_is_left(tmp_path: Path) -> None:
+    """And holds nobody: it is far larger than what is on its way to one who does not read."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
+        shutil.copy(CHECKPOINT / name, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(random.Random(1).randbytes(8 * 1024 * 1024))
+    common, _ = grpc.protos_and_services("common.proto")
+    _, services = vllm_contract()
+    with (
+        running_engine(model=tmp_path, send_timeout_seconds=0.5) as engine,
+        grpc.insecure_channel(engine.address, options=NARROW) as channel,
+    ):
+        calls = services.VllmEngineStub(channel)
+        stalled = calls.GetTokenizer(common.GetTokenizerRequest(), timeout=PATIENCE)
+        next(stalled)
+        engine.process.wait_for_line(event="slow reader", call="GetTokenizer")
+        # What was on its way still comes, and then the reason.
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stalled)
+        refusal = Refusal(cast(grpc.Call, caught.value))
+        assert (refusal.code, refusal.info.reason) == (grpc.StatusCode.ABORTED, "SLOW_READER")
+        assert engine.calls.HealthCheck(engine.vllm.HealthCheckRequest(), timeout=PATIENCE).healthy
 
 
 def test_other_methods_are_unimplemented_by_name(engine: Engine) -> None:

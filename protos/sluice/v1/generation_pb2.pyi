@@ -220,7 +220,7 @@ class GenerateRequest(google.protobuf.message.Message):
     @property
     def resume_window(self) -> google.protobuf.duration_pb2.Duration:
         """How long the stream may be resumed: from when its reader went away, and from its end. Until then the generation goes
-        on without a reader. Above 0, and cut to the worker's --max-resume-seconds; `started` tells what holds. Unset: the
+        on without a reader. Above 0 to a day, and cut to the worker's --max-resume-seconds; `started` tells what holds. Unset: the
         generation ends with its call, and nothing of it is kept.
         """
 
@@ -301,7 +301,7 @@ class Caller(google.protobuf.message.Message):
     key_id: builtins.str
     """Names the key, never the key itself: 1 to 64 characters of [A-Za-z0-9._:-]. Required."""
     weight: builtins.float
-    """Share of the worker when several keys have requests waiting, above 0 to 1000. Default: 1."""
+    """Share of the worker when several keys have requests waiting, 0.001 to 1000. Default: 1."""
     max_concurrent: builtins.int
     """Most requests inside the worker at once, 1 or more. Default: no limit but the worker's own."""
     tokens_per_minute: builtins.int
