@@ -33,7 +33,7 @@ test: $(VENV)/installed-dev $(VENV)/installed-gateway
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR -m 'not slow'
 
 test-all: $(VENV)/installed-dev $(VENV)/installed-gateway
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR --hypothesis-profile=random
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0  # seconds; a loaded machine takes its time
+from tests.patience import PATIENCE as PATIENCE
 
 
 class ForeignError(Exception):

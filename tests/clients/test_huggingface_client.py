@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tests.clients.contract import Answer, Client, ClientContract, Errors, Question
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, failing, texts
+from tests.patience import PATIENCE
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -79,7 +80,7 @@ class TestHuggingFace(ClientContract):
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(edge: EdgeProcess) -> AsyncIterator[AsyncInferenceClient]:
     """A client without a model name, which then sends one of its own."""
-    async with AsyncInferenceClient(base_url=edge.url, api_key="none", timeout=20) as client:
+    async with AsyncInferenceClient(base_url=edge.url, api_key="none", timeout=PATIENCE) as client:
         yield client
 
 

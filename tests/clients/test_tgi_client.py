@@ -18,11 +18,12 @@ from huggingface_hub.errors import (
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, bad_field, failing
+from tests.patience import PATIENCE
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(edge: EdgeProcess) -> AsyncIterator[AsyncInferenceClient]:
-    async with AsyncInferenceClient(model=edge.url, timeout=20) as client:
+    async with AsyncInferenceClient(model=edge.url, timeout=PATIENCE) as client:
         yield client
 
 

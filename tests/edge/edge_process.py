@@ -5,10 +5,16 @@ import contextlib
 import json
 import os
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-PATIENCE = 20.0
+from tests.patience import PATIENCE as PATIENCE
+
+
+def fresh_id(name: str) -> str:
+    """An x-request-id that no other request has: not another test's, nor this one's first try."""
+    return f"{name}-{uuid.uuid4().hex}"
 
 
 class EdgeProcess:

@@ -1,12 +1,13 @@
 """One scripted worker and one edge for all tests that can share them."""
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 import pytest_asyncio
 
-from tests.edge.edge_process import EdgeProcess, running_edge
+from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
 from tests.edge.scripted_worker import ScriptedWorker, start_server
 
 # Settings of the shared edge: limits small enough to reach.
@@ -22,11 +23,14 @@ async def shared_worker() -> AsyncIterator[tuple[ScriptedWorker, str]]:
     await server.stop(0)
 
 
-@pytest.fixture
-def worker(shared_worker: tuple[ScriptedWorker, str]) -> Iterator[ScriptedWorker]:
-    """The shared worker, fresh."""
+@pytest_asyncio.fixture(loop_scope="session")
+async def worker(shared_worker: tuple[ScriptedWorker, str]) -> AsyncIterator[ScriptedWorker]:
+    """The shared worker, fresh; no call of a test lives on in the next one."""
     shared_worker[0].reset()
     yield shared_worker[0]
+    async with asyncio.timeout(PATIENCE):
+        for call in shared_worker[0].calls:
+            await call.ended.wait()
     shared_worker[0].reset()
 
 
@@ -45,12 +49,13 @@ async def shared_edge(shared_worker: tuple[ScriptedWorker, str]) -> AsyncIterato
 
 @pytest.fixture
 def edge(shared_edge: EdgeProcess, worker: ScriptedWorker) -> EdgeProcess:
-    """The shared edge, before a fresh worker."""
+    """The shared edge, before a fresh worker; its log has lines of this test alone, but for what came late."""
+    shared_edge.lines.clear()
     return shared_edge
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def http(edge: EdgeProcess) -> AsyncIterator[httpx.AsyncClient]:
     """A plain client of the shared edge."""
-    async with httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as client:
         yield client

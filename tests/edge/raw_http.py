@@ -44,12 +44,16 @@ class RawClient:
 
     async def read_until(self, wanted: bytes) -> bytes:
         """Everything received, once `wanted` is in it."""
-        async with asyncio.timeout(PATIENCE):
-            while wanted not in self.received:
-                data = await asyncio.get_running_loop().sock_recv(self.socket, 65536)
-                assert data, f"closed after {self.received!r}"
-                self.received += data
+        while wanted not in self.received:
+            await self.read_more()
         return self.received
+
+    async def read_more(self) -> None:
+        """Receives what comes next."""
+        async with asyncio.timeout(PATIENCE):
+            data = await asyncio.get_running_loop().sock_recv(self.socket, 65536)
+        assert data, f"closed after {self.received!r}"
+        self.received += data
 
     async def read_to_end(self) -> bytes:
         """Everything received, once the connection is closed in whatever way."""

@@ -27,7 +27,7 @@ from edge.api_keys import (
     parse_keys,
     read_keys,
 )
-from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.edge_process import PATIENCE, EdgeProcess, fresh_id, running_edge
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedWorker
 
@@ -238,6 +238,7 @@ async def test_another_edge_takes_the_token(
 async def test_neither_keys_nor_tokens_are_logged(
     guarded: httpx.AsyncClient, guarded_edge: EdgeProcess
 ) -> None:
+    client_ids = [fresh_id("logged") for _ in range(5)]
     token = (await guarded.post("/v1/tokens", headers=bearer(ALICE))).json()["access_token"]
     for index, (headers, query) in enumerate(
         [
@@ -248,9 +249,9 @@ async def test_neither_keys_nor_tokens_are_logged(
             ({}, f"?access_token={token}x"),
         ]
     ):
-        headers["x-request-id"] = f"logged-{index}"
+        headers["x-request-id"] = client_ids[index]
         await guarded.get(f"/v1/models{query}", headers=headers)
-    lines = [await guarded_edge.request_line(f"logged-{index}") for index in range(5)]
+    lines = [await guarded_edge.request_line(client_id) for client_id in client_ids]
     assert [line.get("key") for line in lines] == ["alice", None, "bob", "alice", None]
     log = json.dumps(guarded_edge.lines)
     for secret in (ALICE, BOB, "sluice_unknown", token, TOKEN_PREFIX, digest_of(ALICE).hex()):

@@ -10,7 +10,7 @@ import grpc
 import psutil
 import pytest
 
-from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.edge_process import PATIENCE, EdgeProcess, fresh_id, running_edge
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
 
@@ -88,7 +88,7 @@ async def test_leaving_a_stream_cancels_the_call(
 ) -> None:
     reached = asyncio.Event()
     worker.script = hang_in(phase, reached)
-    client_id = f"leave-{phase}-{manner}".replace(" ", "-")
+    client_id = fresh_id("leave")
     path, body = REQUESTS["chat"]
     async with RawClient(edge.port) as client:
         await client.send(request_bytes(path, body, x_request_id=client_id))
@@ -132,10 +132,11 @@ async def test_an_event_source_cancels(edge: EdgeProcess, worker: ScriptedWorker
 async def test_a_client_that_leaves_within_its_body_starts_nothing(
     edge: EdgeProcess, worker: ScriptedWorker
 ) -> None:
-    head = request_bytes(*REQUESTS["chat"], x_request_id="half-a-body")[:-5]
+    client_id = fresh_id("half-a-body")
+    head = request_bytes(*REQUESTS["chat"], x_request_id=client_id)[:-5]
     async with RawClient(edge.port) as client:
         await client.send(head)
-    assert (await edge.request_line("half-a-body"))["status"] == 499
+    assert (await edge.request_line(client_id))["status"] == 499
     assert worker.calls == []
 
 
@@ -222,23 +223,26 @@ async def test_a_stalled_reader_that_half_closes_is_dropped_at_once(
 
 
 async def test_a_slow_request_is_cut_off(target: str) -> None:
-    async with running_edge(target, read_timeout_seconds=0.5) as edge:
-        async with RawClient(edge.port) as client:
-            assert await client.read_to_end() == b""
-        async with RawClient(edge.port) as client:
-            await client.send(request_bytes(*REQUESTS["chat"], x_request_id="stalled")[:-3])
-            answer = await client.read_to_end()
+    client_id = fresh_id("stalled")
+    async with (
+        running_edge(target, read_timeout_seconds=2) as edge,
+        RawClient(edge.port) as silent,
+        RawClient(edge.port) as half,
+        RawClient(edge.port) as second,
+    ):
+        await half.send(request_bytes(*REQUESTS["chat"], x_request_id=client_id)[:-3])
+        await second.send(request_bytes("/health", method="GET"))
+        await second.read_until(b'{"status":"ok"}')
+        second.received = b""
+        await second.send(b"GET /hea")
+        assert await silent.read_to_end() == b""
+        answer = await half.read_to_end()
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"type":"timeout"' in answer
-        assert b"\r\nx-request-id: stalled\r\n" in answer
-        line = await edge.request_line("stalled")
+        assert f"\r\nx-request-id: {client_id}\r\n".encode() in answer
+        line = await edge.request_line(client_id)
         assert (line["status"], line["finish"]) == (408, "read_timeout")
-        async with RawClient(edge.port) as client:
-            await client.send(request_bytes("/health", method="GET"))
-            await client.read_until(b'{"status":"ok"}')
-            client.received = b""
-            await client.send(b"GET /hea")
-            answer = await client.read_to_end()
+        answer = await second.read_to_end()
         assert answer.startswith(b"HTTP/1.1 408")
         request_id = re.search(rb"\r\nrequest-id: (req-\w+)\r\n", answer)
         assert request_id

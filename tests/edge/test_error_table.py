@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from edge.errors import FINISH_TABLE, STATUS_TABLE
 from protos.sluice.v1 import generation_pb2 as pb
-from tests.edge.edge_process import EdgeProcess, running_edge
+from tests.edge.edge_process import EdgeProcess, fresh_id, running_edge
 from tests.edge.raw_http import RawClient, request_bytes, split_chunked
 from tests.edge.scripted_worker import (
     MODEL,
@@ -21,6 +21,7 @@ from tests.edge.scripted_worker import (
     retry_in,
 )
 from tests.edge.sse import parse
+from tests.patience import PATIENCE
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -200,7 +201,7 @@ async def test_failure_after_the_200_is_an_error_event_and_a_cut_body(
 
     worker.script = script
     path, body = ROUTES[route]
-    client_id = f"after-{route}-{code.name}"
+    client_id = fresh_id("after")
     async with RawClient(edge.port) as client:
         await client.send(request_bytes(path, body, x_request_id=client_id))
         head, stream, is_complete = split_chunked(await client.read_to_end())
@@ -232,7 +233,7 @@ async def test_the_log_tells_failures_from_refusals(
         (Code.INVALID_ARGUMENT, "info", None),
     ):
         worker.script = failing(code, "words", error_info("X"))
-        client_id = f"log-{code.name}"
+        client_id = fresh_id("log")
         await http.post(
             "/v1/completions", json={"prompt": "x"}, headers={"x-request-id": client_id}
         )
@@ -252,15 +253,17 @@ async def test_an_unexpected_error_after_the_200_is_an_error_event_too(
         await call.hang()
 
     worker.script = script
-    seen = len(edge.lines)
+    client_id = fresh_id("bug")
     async with RawClient(edge.port) as client:
-        await client.send(request_bytes(*ROUTES[route], x_request_id=f"bug-{route}"))
+        await client.send(request_bytes(*ROUTES[route], x_request_id=client_id))
         _, stream, is_complete = split_chunked(await client.read_to_end())
     assert not is_complete
     assert b"partly" in stream
     assert parse(stream).events[-1].json()["error"]["type"] == "server_error"
-    assert (await edge.request_line(f"bug-{route}"))["level"] == "warning"
-    line = await edge.line(lambda line: line["event"] == "unexpected error", since=seen)
+    request = await edge.request_line(client_id)
+    assert request["level"] == "warning"
+    (line,) = [line for line in edge.lines if line["event"] == "unexpected error"]
+    assert line["request_id"] == request["request_id"]
     assert "IndexError" in line["exception"]
     await worker.call.ended.wait()
     assert worker.call.was_cancelled
@@ -375,7 +378,7 @@ async def test_the_deadline_of_the_edge_is_the_callers_too(
     worker.script = script
     async with (
         running_edge(target, request_timeout_seconds=0.5) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         response = await http.post("/v1/completions", json={"prompt": "never", "stream": True})
         assert response.status_code == 504
@@ -391,7 +394,7 @@ async def test_the_deadline_of_the_edge_is_the_callers_too(
 async def test_no_worker_is_a_503() -> None:
     async with (
         running_edge("127.0.0.1:1") as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         for path, body in ROUTES.values():
             response = await http.post(path, json=body)

@@ -19,6 +19,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.edge_process import EdgeProcess, running_edge
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, failing
 from tests.edge.sse import parse
+from tests.patience import PATIENCE
 
 FRAMES = {"accept": "application/octet-stream"}
 BODY = {"prompt": "x"}
@@ -29,7 +30,7 @@ def read_all(edge: EdgeProcess, frames: list[Any], **fields: Any) -> None:
     headers = {"content-type": "application/json", **FRAMES}
     data = json.dumps(BODY | fields).encode()
     request = urllib.request.Request(f"{edge.url}/v1/streams", data, headers)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=20) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:  # noqa: S310
         assert response.headers["content-type"] == "application/octet-stream"
         frames.extend(read_stream(response))
 
@@ -88,12 +89,12 @@ async def test_an_edge_that_is_killed_cuts_the_stream(worker: ScriptedWorker, ta
     async with running_edge(target) as edge:
         frames: list[Any] = []
         reading = asyncio.create_task(asyncio.to_thread(read_all, edge, frames))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while len(frames) < 2:
                 await asyncio.sleep(0.01)
         edge.process.kill()
         with pytest.raises(EOFError):
-            await asyncio.wait_for(reading, 20)
+            await asyncio.wait_for(reading, PATIENCE)
 
 
 @pytest.mark.parametrize("is_frame", [True, False])

@@ -6,7 +6,7 @@ import os
 import httpx
 import pytest
 
-from tests.edge.edge_process import EdgeProcess, running_edge
+from tests.edge.edge_process import EdgeProcess, fresh_id, running_edge
 from tests.edge.fixtures import SHARED_SETTINGS
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import (
@@ -16,6 +16,7 @@ from tests.edge.scripted_worker import (
     ScriptedWorker,
     start_server,
 )
+from tests.patience import PATIENCE
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 LIMIT = int(str(SHARED_SETTINGS["max_body_bytes"]))
@@ -99,9 +100,10 @@ async def test_other_request_ids_are_replaced(http: httpx.AsyncClient, given: st
 async def test_one_log_line_a_request_without_text(
     http: httpx.AsyncClient, edge: EdgeProcess, worker: ScriptedWorker
 ) -> None:
+    client_id, refused_id = fresh_id("log"), fresh_id("refused")
     body = {"messages": [{"role": "user", "content": "a secret prompt"}], "stream": True}
-    await http.post("/v1/chat/completions", json=body, headers={"x-request-id": "log-1"})
-    line = await edge.request_line("log-1")
+    await http.post("/v1/chat/completions", json=body, headers={"x-request-id": client_id})
+    line = await edge.request_line(client_id)
     assert line["event"] == "request"
     assert line["route"] == "/v1/chat/completions"
     assert line["method"] == "POST"
@@ -110,10 +112,12 @@ async def test_one_log_line_a_request_without_text(
     assert (line["prompt_tokens"], line["completion_tokens"]) == (7, 3)
     assert line["finish_reasons"] == ["stop"]
     assert 0 <= line["ttft"] <= line["duration"]
-    await http.post("/v1/chat/completions", json={"messages": 1}, headers={"x-request-id": "log-2"})
-    refused = await edge.request_line("log-2")
+    await http.post(
+        "/v1/chat/completions", json={"messages": 1}, headers={"x-request-id": refused_id}
+    )
+    refused = await edge.request_line(refused_id)
     assert (refused["status"], refused["error"]) == (400, "invalid_request_error")
-    assert sum(line.get("client_request_id") == "log-1" for line in edge.lines) == 1
+    assert sum(line.get("client_request_id") == client_id for line in edge.lines) == 1
     assert not any("secret prompt" in json.dumps(line) for line in edge.lines)
 
 
@@ -144,7 +148,7 @@ async def test_no_cors_by_default_and_health_follows_the_worker(
 ) -> None:
     async with (
         running_edge(target) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         response = await http.get("/v1/models", headers={"origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers
@@ -278,7 +282,7 @@ async def test_a_unix_socket_to_the_worker(
     try:
         async with (
             running_edge(address) as edge,
-            httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+            httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
         ):
             assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
     finally:

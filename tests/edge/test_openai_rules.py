@@ -17,6 +17,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", CHAT | {"stream": True}),
     "completions": ("/v1/completions", {"prompt": "hi", "stream": True}),
 }
+PING = b": ping\n\n"
 BOTH = pytest.mark.parametrize("route", STREAMS)
 
 
@@ -95,20 +96,26 @@ async def test_rule_2_only_data_lines(http: httpx.AsyncClient, route: str) -> No
 async def test_rule_3_heartbeats_are_blocks_of_their_own(
     target: str, worker: ScriptedWorker, route: str
 ) -> None:
+    steps = asyncio.Queue[None]()
+
     async def script(call: ScriptedCall) -> None:
         await call.started()
-        await asyncio.sleep(0.5)
+        await steps.get()
         await call.delta("a")
         await call.send(heartbeat=pb.Heartbeat())
-        await asyncio.sleep(0.5)
+        await steps.get()
         await call.finished()
 
     worker.script = script
-    async with (
-        running_edge(target, heartbeat_seconds=0.1) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
-    ):
-        raw = await stream(http, route)
+    async with running_edge(target, heartbeat_seconds=0.1) as edge, RawClient(edge.port) as client:
+        await client.send(request_bytes(*STREAMS[route], connection="close"))
+        for _ in range(2):
+            before = client.received.count(PING)
+            while client.received.count(PING) < before + 2:
+                await client.read_more()
+            steps.put_nowait(None)
+        _, raw, is_complete = split_chunked(await client.read_to_end())
+    assert is_complete
     blocks = raw.removesuffix(b"\n\n").split(b"\n\n")
     pings = [block for block in blocks if b":" in block[:1]]
     assert len(pings) >= 4

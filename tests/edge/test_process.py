@@ -224,7 +224,7 @@ async def test_a_drain_lets_streams_end_and_refuses_new_ones(
     worker.script = script
     async with (
         running_edge(target) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
         RawClient(edge.port) as client,
     ):
         await client.send(request_bytes("/v1/chat/completions", CHAT))
@@ -320,7 +320,7 @@ async def test_a_stalled_reader_does_not_hold_the_exit_up(
 async def test_unready_seconds_come_before_refusing(target: str, worker: ScriptedWorker) -> None:
     async with (
         running_edge(target, unready_seconds=2) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         await stop(edge)
         assert (await http.get("/ready")).status_code == 503
@@ -332,7 +332,7 @@ async def test_a_worker_that_comes_back_is_found(worker: ScriptedWorker) -> None
     server, port = await start_server(worker, "127.0.0.1:0")
     async with (
         running_edge(f"127.0.0.1:{port}") as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
         seen = len(edge.lines)

@@ -21,6 +21,7 @@ from tests.edge.scripted_worker import (
     start_server,
 )
 from tests.edge.sse import parse
+from tests.patience import PATIENCE
 
 RESUME_ID = "rs_" + "0123456789abcdef" * 3
 NOT_HERE = failing(grpc.StatusCode.NOT_FOUND, "no such stream", error_info("STREAM_NOT_FOUND"))
@@ -80,7 +81,7 @@ async def test_who_asks_for_a_window(
 async def test_a_default_window_is_a_setting(target: str, worker: ScriptedWorker) -> None:
     async with (
         running_edge(target, resume_window_seconds=0) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         await http.get("/v1/streams?prompt=x")
     assert not worker.call.request.HasField("resume_window")
@@ -202,7 +203,7 @@ async def test_all_workers_are_asked(worker: ScriptedWorker, target: str) -> Non
     try:
         async with (
             running_edge(f"{target},127.0.0.1:{port},{lost}") as edge,
-            httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+            httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
         ):
             response = await reconnect(http, f"{RESUME_ID}-1")
             assert [event.type for event in parse(response.content).events] == ["delta", "finished"]
@@ -217,7 +218,7 @@ async def test_a_worker_that_drains_is_asked_too(worker: ScriptedWorker, target:
     worker.script = kept
     async with (
         running_edge(target) as edge,
-        httpx.AsyncClient(base_url=edge.url, timeout=20, trust_env=False) as http,
+        httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         await worker.set_serving(False)
         try:

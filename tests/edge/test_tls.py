@@ -18,7 +18,7 @@ from websockets.asyncio.client import connect
 from edge.command_line import read_settings
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
-from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.edge_process import PATIENCE, EdgeProcess, fresh_id, running_edge
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, texts
 from tests.edge.test_socket import Client
@@ -168,11 +168,12 @@ async def test_a_reader_over_tls_that_stops_reading_is_dropped(
             await call.delta("x" * 4096)
 
     worker.script = flood
+    client_id = fresh_id("stalled")
     async with connected(https_edge, trusting(certificates)) as (reader, writer):
-        writer.write(request_bytes("/v1/chat/completions", CHAT, x_request_id="tls-stalled"))
+        writer.write(request_bytes("/v1/chat/completions", CHAT, x_request_id=client_id))
         async with asyncio.timeout(PATIENCE):
             await reader.readuntil(b"xxx")
-            line = await https_edge.request_line("tls-stalled")
+            line = await https_edge.request_line(client_id)
             await worker.call.ended.wait()
     assert line["finish"] == "send_timeout"
     assert worker.call.was_cancelled

@@ -20,9 +20,9 @@ import grpc
 
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.patience import PATIENCE as PATIENCE
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60.0  # seconds; a loaded machine takes its time
 
 
 class LoggedProcess:

@@ -20,6 +20,7 @@ from inference_worker.settings import WorkerSettings
 from inference_worker.worker import Worker
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
+from tests.patience import PATIENCE
 
 Call: TypeAlias = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
 
@@ -46,9 +47,9 @@ class ServedWorker:
     async def load(self) -> pb.GetLoadResponse:
         return await self.stub.GetLoad(pb.GetLoadRequest())
 
-    async def wait_for(self, seconds: float = 5.0, **expected: int) -> pb.GetLoadResponse:
+    async def wait_for(self, **expected: int) -> pb.GetLoadResponse:
         """Wait until GetLoad shows these numbers."""
-        deadline = asyncio.get_running_loop().time() + seconds
+        deadline = asyncio.get_running_loop().time() + PATIENCE
         while True:
             load = await self.load()
             if all(getattr(load, name) == value for name, value in expected.items()):
@@ -56,11 +57,11 @@ class ServedWorker:
             assert asyncio.get_running_loop().time() < deadline, f"wanted {expected}, got {load}"
             await asyncio.sleep(0.002)
 
-    async def wait_idle(self, seconds: float = 5.0) -> pb.GetLoadResponse:
+    async def wait_idle(self) -> pb.GetLoadResponse:
         """Wait until nothing is inside and every block is free."""
         total = (await self.load()).total_blocks
         return await self.wait_for(
-            seconds, running=0, waiting=0, waiting_tokens=0, requests=0, free_blocks=total
+            running=0, waiting=0, waiting_tokens=0, requests=0, free_blocks=total
         )
 
     async def generate(self, **fields: Any) -> list[pb.GenerateResponse]:

@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     Call,
     ServedWorker,
@@ -118,13 +119,13 @@ async def test_killing_the_client(phase: str) -> None:
         wanted = b"delta\n" if phase == "decode" else b"sent\n"
         while await client.stdout.readline() != wanted:
             pass
-        await worker.wait_for(10, running=1, waiting=1 if phase == "queue" else 0)
+        await worker.wait_for(running=1, waiting=1 if phase == "queue" else 0)
         client.send_signal(signal.SIGKILL)
         await client.wait()
         steps = (await worker.load()).steps
-        left = await worker.wait_for(30, waiting=0, requests=1 if phase == "queue" else 0)
+        left = await worker.wait_for(waiting=0, requests=1 if phase == "queue" else 0)
         if phase != "queue":
-            left = await worker.wait_idle(30)
+            left = await worker.wait_idle()
             assert left.steps - steps < 250  # far from the end of decode
 
 
@@ -172,7 +173,7 @@ async def slow_tokenizer(
     def hang(text: str, *, special_tokens: bool = True) -> list[int]:
         if len(text) >= least_bytes:
             entered.set()
-            leave.wait(10)
+            leave.wait(2 * PATIENCE)
         return encode(text, special_tokens=special_tokens)
 
     monkeypatch.setattr(worker.served.tokenizer, "encode", hang)
@@ -205,7 +206,7 @@ async def test_giving_up_while_the_prompt_is_tokenized(
         await worker.wait_for(requests=queued_before_it)
         call = worker.stub.Generate(generate_request(request_id="slow", n=2))
         await worker.wait_for(requests=queued_before_it + 1, running=0, waiting=0)
-        await asyncio.to_thread(entered.wait, 5)
+        await asyncio.to_thread(entered.wait, PATIENCE)
         await give_up(worker, call)
         await worker.wait_for(requests=queued_before_it)
         for other in others:
@@ -222,11 +223,11 @@ async def test_a_small_prompt_does_not_wait_for_large_ones_that_were_given_up(
     ):
         large = [worker.stub.Generate(generate_request(text="word " * 20_000)) for _ in range(4)]
         await worker.wait_for(requests=4)
-        await asyncio.to_thread(entered.wait, 5)
+        await asyncio.to_thread(entered.wait, PATIENCE)
         for call in large:
             call.cancel()
         await worker.wait_idle()  # in the books; one of them still has its thread
-        assert reasons(await asyncio.wait_for(worker.generate(text="word"), 5)) == ["LENGTH"]
+        assert reasons(await asyncio.wait_for(worker.generate(text="word"), PATIENCE)) == ["LENGTH"]
 
 
 async def test_many_cancelled_at_once_leave_nothing() -> None:

@@ -284,7 +284,7 @@ async def test_storms_of_keys_priorities_and_deadlines_lose_no_block(
                 return "refused before it was cancelled"
 
         ends = await asyncio.gather(*(guarded(number) for number in range(150)))
-        load = await worker.wait_idle(60)
+        load = await worker.wait_idle()
         assert load.waiting_blocks == 0
         assert not worker.crashes
     assert "FINISH_REASON_LENGTH" in ends

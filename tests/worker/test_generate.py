@@ -11,6 +11,7 @@ import pytest
 
 from inference_worker.service import Context, GenerationService
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     LONG_STREAMS,
     Call,
@@ -231,8 +232,13 @@ async def test_an_item_without_text_is_not_sent_and_its_tokens_count_in_the_next
 
 async def test_a_silent_stream_sends_heartbeats() -> None:
     async with serve_script(step_milliseconds=250, heartbeat_seconds=0.05) as worker:
-        messages = await worker.generate(max_tokens=2)
-    assert kinds(messages).count("heartbeat") >= 4
+        call = worker.stub.Generate(generate_request(max_tokens=4000))
+        messages: list[pb.GenerateResponse] = []
+        while kinds(messages).count("heartbeat") < 4 or "delta" not in kinds(messages):
+            message = await call.read()
+            assert isinstance(message, pb.GenerateResponse)
+            messages.append(message)
+        call.cancel()
     assert kinds(messages)[0] == "started"
     assert [message.sequence_number for message in messages] == list(range(len(messages)))
     assert texts(messages)[0]
@@ -276,7 +282,7 @@ async def test_a_slow_reader_gets_few_large_items() -> None:
         stalled_call(worker, output=pb.Output(token_ids=True)) as slow,
     ):
         # The engine does not wait for the reader, and its blocks are free before the reader has gone on.
-        await worker.wait_for(30, running=0, waiting=0, free_blocks=1024, requests=1)
+        await worker.wait_for(running=0, waiting=0, free_blocks=1024, requests=1)
         messages = await read_rest(slow)
     ids = [token_id for message in messages for token_id in message.delta.token_ids]
     assert len(ids) == 8000
@@ -302,8 +308,8 @@ async def test_a_reader_that_does_not_read_gives_its_place_up(
         serve_script(**LONG_STREAMS, send_timeout_seconds=0.2) as worker,
         stalled_call(worker) as stalled,
     ):
-        await worker.wait_for(30, requests=0, running=0, free_blocks=1024)
-        async with asyncio.timeout(30):
+        await worker.wait_for(requests=0, running=0, free_blocks=1024)
+        async with asyncio.timeout(PATIENCE):
             while handlers:  # though the client still does not read
                 await asyncio.sleep(0.01)
         refusal = await refusal_of_rest(stalled)
@@ -317,7 +323,7 @@ async def test_a_stalled_reader_that_goes_away_is_no_slow_reader(
         serve_script(**LONG_STREAMS, send_timeout_seconds=30) as worker,
         stalled_call(worker) as stalled,
     ):
-        await worker.wait_for(30, generated_tokens=8000, running=0, free_blocks=1024, requests=1)
+        await worker.wait_for(generated_tokens=8000, running=0, free_blocks=1024, requests=1)
         stalled.cancel()
         await worker.wait_idle()
     output = capsys.readouterr().out
@@ -331,7 +337,7 @@ async def test_a_stalled_reader_holds_no_slot_once_the_engine_is_done() -> None:
         serve_script(**settings, **LONG_STREAMS) as worker,
         stalled_call(worker, request_id="stalled") as stalled,
     ):
-        await worker.wait_for(30, generated_tokens=8000, running=0, free_blocks=1024, requests=1)
+        await worker.wait_for(generated_tokens=8000, running=0, free_blocks=1024, requests=1)
         assert reasons(await worker.generate()) == ["LENGTH"]  # the only slot is free
         response = await worker.stub.Abort(pb.AbortRequest(request_id="stalled"))
         assert response.outcome == pb.ABORT_OUTCOME_ALREADY_FINISHED
@@ -345,24 +351,29 @@ async def refusal_of_rest(call: Call) -> Refusal:
 
 
 async def test_a_large_prompt_leaves_the_event_loop_alone() -> None:
-    gaps: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.001)
-            gaps.append(time.monotonic() - before)
-
     async with serve_script(context_length=2**17) as worker:
         # as much as may be tokenized at all
         size = 2**17 * (worker.served.tokenizer.max_token_bytes or 16)
         text = ("many words " * size)[:size]
-        ticking = asyncio.create_task(tick())
-        began = time.monotonic()
-        await refusal_of(worker.stub.Generate(generate_request(text=text)))
-        took = time.monotonic() - began
-        ticking.cancel()
-    assert max(gaps) < took / 2
+        gaps: list[float] = []
+
+        async def tick() -> None:
+            while True:
+                before = time.monotonic()
+                await asyncio.sleep(0.001)
+                gaps.append(time.monotonic() - before)
+
+        # A machine that stalls makes a gap too, but hardly each time; a loop that tokenizes has one that is all of it.
+        shares: list[float] = []
+        while not shares or (shares[-1] >= 0.5 and len(shares) < 5):
+            gaps.clear()
+            ticking = asyncio.create_task(tick())
+            began = time.monotonic()
+            await refusal_of(worker.stub.Generate(generate_request(text=text)))
+            took = time.monotonic() - began
+            ticking.cancel()
+            shares.append(max(gaps) / took)
+    assert min(shares) < 0.5
 
 
 async def test_chat_is_rendered_by_the_template() -> None:

@@ -19,6 +19,7 @@ from inference_worker.metrics import OUTCOMES, Gaps, WorkerMetrics
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
 from tests.metrics_text import Scrape, documented_names
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     ServedWorker,
     generate_request,
@@ -44,7 +45,7 @@ class Measured:
         return Scrape(generate_latest(self._registry).decode())
 
     async def wait_for(self, condition: Callable[[Scrape], bool]) -> Scrape:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not condition(scrape := self.scrape()):
                 await asyncio.sleep(0.01)
         return scrape
@@ -154,7 +155,7 @@ async def metrics_port() -> AsyncIterator[tuple[int, Stub]]:
 
 async def get(port: int, path: str = "/metrics") -> str:
     def read() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE) as response:
             text: str = response.read().decode()
             return text
 
@@ -176,7 +177,9 @@ async def test_a_process_serves_what_the_readme_lists_and_strangers_hold_nobody_
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(7)]
         assert "sluice_kv_blocks 600.0" in await get(port)  # in the eighth place
         # eight are held: the eighth may still be the one that was just served
-        surplus = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(3)]
+        surplus = [
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) for _ in range(3)
+        ]
         assert await asyncio.to_thread(surplus[-1].recv, 1) == b""  # closed at once
         assert (await read_rest(stub.Generate(generate_request())))[-1].HasField("finished")
         for connection in (*silent, *surplus):
@@ -185,7 +188,7 @@ async def test_a_process_serves_what_the_readme_lists_and_strangers_hold_nobody_
 
 
 async def _until_served(port: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 await get(port)

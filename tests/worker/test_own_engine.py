@@ -15,6 +15,7 @@ import pytest
 from inference_worker.own_engine.loader import load_own_engine
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.own_engines import EOS, Obedient
 from tests.worker.served_worker import (
     ServedWorker,
@@ -51,7 +52,7 @@ class OwnWorker:
         return await self.served.generate(text=text, **({"max_tokens": 100} | fields))
 
     async def wait_ended(self, *ended: tuple[str, int]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while sorted(self.engine.ended) != sorted(ended):
                 await asyncio.sleep(0.002)
 

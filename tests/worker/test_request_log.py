@@ -17,6 +17,7 @@ from google.protobuf import duration_pb2
 from inference_worker import request_log
 from inference_worker.request_log import configure_logging, flush_log, get_logger
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     LONG_STREAMS,
     generate_request,
@@ -39,7 +40,7 @@ def _json_lines(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 def output_of(capsys: pytest.CaptureFixture[str]) -> str:
     """What the log wrote since the last time."""
-    assert flush_log(5)
+    assert flush_log(PATIENCE)
     return capsys.readouterr().out
 
 
@@ -102,7 +103,7 @@ async def test_a_stream_that_is_not_read(capsys: pytest.CaptureFixture[str]) -> 
         serve_script(**LONG_STREAMS, send_timeout_seconds=0.2) as worker,
         stalled_call(worker),
     ):
-        await worker.wait_for(30, requests=0)
+        await worker.wait_for(requests=0)
         (line,) = lines(capsys)
     assert (line["status"], line["reason"]) == ("ABORTED", "SLOW_READER")
 
@@ -155,7 +156,7 @@ class Blocked(io.StringIO):
         self.is_released = threading.Event()
 
     def flush(self) -> None:
-        self.is_released.wait(30)
+        self.is_released.wait(2 * PATIENCE)
 
 
 async def test_a_log_that_nobody_reads_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +166,11 @@ async def test_a_log_that_nobody_reads_holds_nobody(monkeypatch: pytest.MonkeyPa
     try:
         async with serve_script() as worker:
             for _ in range(20):
-                await asyncio.wait_for(worker.generate(), 5)
+                await asyncio.wait_for(worker.generate(), PATIENCE)
         assert not flush_log(0.01)
     finally:
         blocked.is_released.set()
-    assert flush_log(5)
+    assert flush_log(PATIENCE)
     parsed = [json.loads(line) for line in blocked.getvalue().splitlines()]
     written = [line for line in parsed if line["event"] == "request"]
     assert 1 <= len(written) < 20

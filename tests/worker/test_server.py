@@ -20,6 +20,7 @@ from inference_worker.scripted_model import ScriptedSettings, load_script
 from inference_worker.server import AddressUnusable, Server
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     generate_request,
     reasons,
@@ -115,7 +116,7 @@ async def test_every_watcher_hears_of_a_change_also_when_another_has_left() -> N
         await asyncio.sleep(0.05)
         worker.server.set_not_serving()
         for watch in watches:
-            assert (await asyncio.wait_for(watch.read(), 2)).status == NOT_SERVING
+            assert (await asyncio.wait_for(watch.read(), PATIENCE)).status == NOT_SERVING
 
 
 @pytest.mark.parametrize("version", ["v1alpha", "v1"])

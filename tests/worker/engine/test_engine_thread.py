@@ -22,6 +22,7 @@ from inference_worker.engine.event import (
 )
 from inference_worker.engine.event_stream import EventStream, is_last
 from inference_worker.engine.runner import Row
+from tests.patience import PATIENCE
 from tests.worker.engine.hash_runner import HashRunner, reference_completion
 from tests.worker.engine.test_engine import completion, make_engine, make_request
 
@@ -49,7 +50,7 @@ async def read_all(stream: EventStream) -> list[Event]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -87,7 +88,7 @@ class PausedRunner(HashRunner):
         self.tickets = threading.Semaphore(0)
 
     def wait(self, _: Row) -> None:
-        assert self.tickets.acquire(timeout=10)
+        assert self.tickets.acquire(timeout=PATIENCE)
 
 
 async def test_the_header_does_not_wait_for_the_first_step() -> None:
