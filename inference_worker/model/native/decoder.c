@@ -15,7 +15,9 @@
 #define ROWS 1
 #endif
 #define SLAB 48 /* rows of the input that stay in the processor's cache while a matrix streams by */
-#define AHEAD 2 /* tiles whose weights are on their way from memory; it may lead past a matrix, where nothing is read */
+/* Bytes of weights that are on their way from memory. They are asked for in the order of their addresses, whatever order
+ * they are used in, so that the processor's own prefetching follows; what lies past a matrix is mostly the next one. */
+#define AHEAD 12288
 #define GRAIN 32768 /* multiplications in a part of a task, at least: microseconds, so that taking it costs little */
 #define PARTS 4     /* of a task for each thread, at most */
 
@@ -81,13 +83,15 @@ INLINE int64_t part_size(const Pool *pool, int64_t count, int64_t cost) {
     return most(divide_up(count, PARTS * num_workers(pool)), divide_up(GRAIN, cost));
 }
 
+INLINE void fetch(const void *weights) { __builtin_prefetch((const char *)weights + AHEAD); }
+
 INLINE void tile(const operand *x, int64_t size, const number *w, const number *bias, float *y, int64_t stride,
                  int adds, const int rows, const int columns) {
     vector sums[ROWS][4];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < columns; j++) sums[i][j] = (vector){0};
     for (int64_t k = 0; k < size; k += STEP) {
-        for (int j = 0; j < columns; j++) __builtin_prefetch(w + j * size + k + AHEAD * columns * size);
+        for (int j = 0; j < columns; j++) fetch(w + k * columns + j * STEP);
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < columns; j++)
                 sums[i][j] = multiply_add(sums[i][j], x + i * size + k, w + j * size + k);
@@ -136,6 +140,7 @@ INLINE void code_tile(const operand *x, const float *totals, int64_t size, const
             for (int b = 0; b < blocks; b++) sums[i][b] = all(0.0f);
         for (int64_t k = g * matrix->group_size; k < (g + 1) * matrix->group_size; k += 8)
             for (int b = 0; b < blocks; b++) {
+                fetch(words + k * 2 * blocks + b * LANES);
                 mask word = *(const unaligned_mask *)(words + b * LANES * (size / 8) + k * 2);
                 for (int j = 0; j < 8; j += 2) {
                     mask pair = (word >> 2 * j & 0x000f000f) | 0x43004300;

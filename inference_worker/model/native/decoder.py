@@ -20,6 +20,7 @@ from transformers.activations import SiLUActivation
 from inference_worker.model.batch import Batch
 from inference_worker.model.decoder import FusedDecoder, Layer, Norm
 from inference_worker.model.kv_cache import KVCache
+from inference_worker.model.native.arena import gather
 from inference_worker.model.native.library import NativeLibrary, load_library
 from inference_worker.model.native.matrix import CMatrix, Matrix, Unfit, address
 from inference_worker.model.native.scans import NativeScans
@@ -113,6 +114,10 @@ class NativeDecoder:
             raise Unfit(f"its sizes are not multiples of {_VECTOR}")
         if len({tuple(matrix.shape for matrix in x.values()) for x in self._matrices}) != 1:
             raise Unfit("its layers differ in size")
+        gather(
+            [x for layer in self._matrices for m in layer.values() for x in m.tensors]
+            + self._head.tensors
+        )
         self._layers = (_Layer * len(decoder.layers))(
             *map(partial(_layer, cache), decoder.layers, self._matrices)
         )

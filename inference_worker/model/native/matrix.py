@@ -37,7 +37,8 @@ class Matrix:
         linear: Any = projection
         self.in_features: int
         self.out_features: int
-        self._scales = self._offsets = None
+        self._scales: torch.Tensor | None = None
+        self._offsets: torch.Tensor | None = None
         self._group_size = 0
         if type(linear) is nn.Linear and linear.weight.is_contiguous():
             self._weights: torch.Tensor = linear.weight
@@ -55,6 +56,11 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is read whole for every row."""
+        return [x for x in (self._weights, self._scales, self._offsets) if x is not None]
 
     def addresses(self, shape: tuple[int, int], dtype: torch.dtype) -> CMatrix:
         """What C gets; good for as long as this lives. Raises: Unfit, if it is of another shape or dtype."""

@@ -328,8 +328,11 @@ def test_blocks_out_of_range_are_not_followed() -> None:
 def test_a_not_a_number_of_any_kind_is_one_in_the_result() -> None:
     """All bits set, as in memory that was never written: what a payload adds to must not end up finite."""
     model = build("llama")
+    attention = model.get_submodule("model.layers.0.self_attn")
+    sizes = [attention.get_parameter(f"{x}_proj.weight").shape[0] for x in "qkv"]
     runner = native_runner(model)
-    key = model.get_parameter("model.layers.0.self_attn.k_proj.weight")
+    assert isinstance(runner._forward, NativeDecoder)
+    _, key, _ = torch.split(runner._forward._matrices[0]["qkv"].tensors[0], sizes)
     with torch.no_grad():
         key.view(torch.int32).fill_(-1)
     assert bool(logits_of(runner, [[1, 2, 3]])[0].isnan().all())
