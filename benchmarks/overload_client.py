@@ -25,7 +25,6 @@ class Reply:
     """What came of one request; moments are time.perf_counter()'s seconds, 0 where there was none."""
 
     due_at: float  # when it was to be sent: a client that is late is not the server's merit
-    sent_at: float = 0.0
     first_token_at: float = 0.0
     ended_at: float = 0.0
     status: int = 0  # 0: no answer
@@ -60,7 +59,6 @@ class _Exchange(asyncio.Protocol):
         self._head = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._reply.sent_at = time.perf_counter()
         transport.write(self._request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:

@@ -97,7 +97,6 @@ class Client:
         self._known = known
         self._tally = tally
         self._random = random.Random(seed)
-        self._endings = 0
 
     async def run(self, action: str, until: asyncio.Event) -> None:
         """`action` is one of ACTIONS."""

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from inference_worker.admission import Admission
-from inference_worker.engine.engine import Load
+from inference_worker.engine.load import Load
 from inference_worker.served_model import ModelInfo
 
 

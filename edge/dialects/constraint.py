@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from edge.dialects.schema import Items, RequestModel, SomeItems
+from edge.dialects.schema import Items, RequestModel
 from edge.errors import invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
@@ -15,7 +15,6 @@ _ANY_OBJECT = '{"type":"object"}'
 JsonSchema = Annotated[
     dict[str, Any] | str, Field(description="A JSON schema, as an object or as its JSON text.")
 ]
-Choices = SomeItems[str]
 
 
 class NamedSchema(RequestModel):

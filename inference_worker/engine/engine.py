@@ -5,7 +5,6 @@ Purely synchronous and owned by one thread; `engine_thread` gives it one.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Protocol
 from inference_worker.engine.block_pool import BlockPool
 from inference_worker.engine.choice_output import ChoiceOutput
 from inference_worker.engine.continuation import Continued
+from inference_worker.engine.deadlines import Deadlines
 from inference_worker.engine.detokenizer import Detokenizer
 from inference_worker.engine.event import (
     Event,
@@ -27,6 +27,7 @@ from inference_worker.engine.event import (
     Token,
 )
 from inference_worker.engine.live_request import LiveRequest
+from inference_worker.engine.load import Load
 from inference_worker.engine.observer import Phase
 from inference_worker.engine.request import Request
 from inference_worker.engine.runner import OutOfMemory, Row, RowOutput, Runner
@@ -37,7 +38,6 @@ from inference_worker.engine.steps import Steps
 # How often a sequence may find no memory for a step of its own: a chunk of 512 tokens is halved to one of 1 meanwhile,
 # and a single token tried some times more.
 MAX_REFUSALS = 16
-_SPARE_DEADLINES = 64  # of requests that ended before theirs, besides as many as are alive
 
 
 class NewDetokenizer(Protocol):
@@ -56,22 +56,6 @@ class EngineOptions:
     prefix_cache: bool = (
         True  # whether different requests share blocks; choices of one request always do
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy the engine is."""
-
-    running: int  # sequences that hold blocks
-    waiting: int  # sequences in the queue
-    free_blocks: int
-    total_blocks: int
-    block_size: int  # tokens
-    steps: int  # since the start, like the following
-    generated_tokens: int
-    preemptions: int
-    prompt_tokens: int = 0  # of requests that ran
-    cached_tokens: int = 0  # of those, found in the prefix cache
 
 
 class Engine:
@@ -94,9 +78,7 @@ class Engine:
             self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens
         )
         self._live: dict[int, LiveRequest] = {}  # by the request's key
-        self._deadlines: list[
-            tuple[float, int]
-        ] = []  # a heap, with keys of requests that may have ended
+        self._deadlines = Deadlines()
         self._events: list[tuple[Request, Event]] = []
         self._num_steps = 0
         self._generated_tokens = 0
@@ -134,7 +116,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request into the queue. A request that cannot even be prepared fails at once."""
         live = self._live[request.key] = LiveRequest(request)
-        self._note_deadline(request)
+        self._deadlines.add(request, self._live)
         try:
             leader = self._new_sequence(live, is_leader=True)
             cached = min(self._pool.count_cached_tokens(leader), len(request.prompt))
@@ -212,19 +194,9 @@ class Engine:
         while len(steps) > most_in_flight:
             self._collect()
 
-    def _note_deadline(self, request: Request) -> None:
-        if request.deadline is None:
-            return
-        if len(self._deadlines) > 2 * len(self._live) + _SPARE_DEADLINES:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (request.deadline, request.key))
-
     def _expire(self) -> None:
         """End the requests whose deadline has passed: none of them takes part in a step that begins after it."""
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, key = heapq.heappop(self._deadlines)
+        for key in self._deadlines.pop_passed(time.monotonic()):
             if (live := self._live.get(key)) is None:
                 continue
             if live.first_token_at is None:

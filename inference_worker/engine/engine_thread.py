@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-from inference_worker.engine.engine import Engine, Load
+from inference_worker.engine.engine import Engine
 from inference_worker.engine.event import EngineStopped, Event, FinishReason
-from inference_worker.engine.event_stream import EventStream, EventStreams
+from inference_worker.engine.event_stream import EventStream
+from inference_worker.engine.load import Load
 from inference_worker.engine.observer import NoObserver, Observer
+from inference_worker.engine.readers import Readers
 from inference_worker.engine.request import Request
 
 Command = Callable[[Engine], None]
@@ -37,12 +37,10 @@ class EngineThread:
     ) -> None:
         """`on_crash` is called on the loop, once, if the engine itself fails; every stream has got Failed then."""
         self._engine = engine
-        self._on_crash = on_crash
+        self._readers = Readers(on_crash)
         self._observer: Observer = observer or NoObserver()
         self._load = engine.load()
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._streams = EventStreams()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = 0
         self._is_idle = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -54,7 +52,7 @@ class EngineThread:
 
     def start(self) -> None:
         """Begin; events are delivered on the running event loop."""
-        self._loop = asyncio.get_running_loop()
+        self._readers.start()
         self._thread.start()
 
     def submit(
@@ -66,7 +64,7 @@ class EngineThread:
         """
         if not self._thread.is_alive():
             raise EngineStopped
-        stream = self._streams.open(request, on_event)
+        stream = self._readers.open(request, on_event)
         self._commands.put(lambda engine: engine.add(request))
         return stream
 
@@ -77,7 +75,7 @@ class EngineThread:
         its stream gets nothing more. Ended requests are ignored.
         """
         if reason is None:
-            self._streams.drop(request)
+            self._readers.drop(request)
         if reason in _GIVEN_UP:
             came_at, drawn = time.monotonic(), self._engine.count_drawn(request)
             self._commands.put(
@@ -97,7 +95,7 @@ class EngineThread:
 
     def fail(self) -> None:
         """Give the engine up: every stream gets Failed with EngineStopped, and nothing more."""
-        self._streams.fail_all(EngineStopped())
+        self._readers.fail()
 
     async def stop(self) -> None:
         """End every request with SHUTDOWN, then the thread."""
@@ -119,7 +117,7 @@ class EngineThread:
             self._hand_over()
             self._engine.close()
         except BaseException as error:  # whatever it is, the loop must hear of it
-            self._call_on_loop(self._crash, error)
+            self._readers.crash(error)
 
     def _drain(self) -> bool:
         """Execute the commands posted so far, waiting for one if there is nothing else to do. False: stop."""
@@ -155,13 +153,4 @@ class EngineThread:
     def _hand_over(self) -> None:
         self._load = self._engine.load()
         if events := self._engine.take_events():
-            self._call_on_loop(self._streams.deliver, events)
-
-    def _call_on_loop(self, callback: Callable[[Any], None], argument: object) -> None:
-        assert self._loop is not None, "start() comes first"  # noqa: S101
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(callback, argument)
-
-    def _crash(self, error: BaseException) -> None:
-        self.fail()
-        self._on_crash(error)
+            self._readers.deliver(events)

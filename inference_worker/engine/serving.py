@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from inference_worker.engine.engine import Load
 from inference_worker.engine.event import Event, FinishReason
 from inference_worker.engine.event_stream import EventStream
+from inference_worker.engine.load import Load
 from inference_worker.engine.request import Request
 
 

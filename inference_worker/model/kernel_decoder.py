@@ -22,8 +22,6 @@ class KernelDecoder:
     graph. A padded token has slot -1 and, in its row, length 0.
     """
 
-    can_be_captured = True
-
     def __init__(self, decoder: FusedDecoder, num_positions: int) -> None:
         """`num_positions`: positions are below it.
 

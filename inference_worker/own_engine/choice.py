@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from inference_worker.engine.choice_output import ChoiceOutput
-from inference_worker.engine.event import FinishReason, Token
+from inference_worker.engine.event import Delta, Finished, FinishReason, Token
 from inference_worker.engine.live_request import LiveRequest
 from inference_worker.own_engine.protocol import Piece
 
@@ -42,6 +42,22 @@ class Choice:
             token = piece if isinstance(piece, Token) else Token(piece)
             self._check(token)
             self._push_token(token, None)
+
+    def end(self, reason: FinishReason) -> tuple[Delta | None, Finished]:
+        """The rest of its text, and its footer without usage; `reason` is why it ends if no stop sequence is why."""
+        self.output.flush()
+        rest, stop, token = self.output.take(), self.output.stop_sequence, self.stop_token
+        footer = Finished(
+            self.index,
+            reason
+            if stop is None
+            else FinishReason.STOP_SEQUENCE,  # it may have come with the rest
+            stop,
+            None if stop or token is None else token.token_id,
+            completion_tokens=self.num_tokens,
+            withheld=self.output.withheld + (() if token is None else (token,)),
+        )
+        return rest, footer
 
     def _push_text(self, text: str) -> None:
         if self._live.request.output.logprobs is not None:

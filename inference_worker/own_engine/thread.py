@@ -7,10 +7,9 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from inference_worker.engine.engine import Load
 from inference_worker.engine.event import (
     EngineStopped,
     Event,
@@ -21,14 +20,17 @@ from inference_worker.engine.event import (
     Scheduled,
     Started,
 )
-from inference_worker.engine.event_stream import EventStream, EventStreams
+from inference_worker.engine.event_stream import EventStream
 from inference_worker.engine.live_request import LiveRequest
+from inference_worker.engine.load import Load
 from inference_worker.engine.observer import Observer, Phase
+from inference_worker.engine.readers import Readers
 from inference_worker.engine.request import Request
 from inference_worker.own_engine.choice import Choice
 from inference_worker.own_engine.fair_slots import FairSlots
 from inference_worker.own_engine.loop_thread import LoopThread
 from inference_worker.own_engine.protocol import EngineCard, EngineRequest, OwnEngine, Piece
+from inference_worker.own_engine.running_request import RunningRequest
 from inference_worker.request_log import get_logger
 
 if TYPE_CHECKING:
@@ -51,23 +53,6 @@ class OpenEngine:
     engine: OwnEngine
     card: EngineCard
     thread: LoopThread
-
-
-@dataclass(eq=False, slots=True)
-class _Running:
-    """A request inside."""
-
-    live: LiveRequest
-    choices: dict[int, Choice] = field(default_factory=dict)  # those begun, by index
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    ended: set[int] = field(default_factory=set)  # choices whose reader has had their Finished
-    expiry: asyncio.TimerHandle | None = None  # at its deadline
-
-    @property
-    def is_late(self) -> bool:
-        """Whether its deadline has passed."""
-        deadline = self.live.request.deadline
-        return deadline is not None and time.monotonic() >= deadline
 
 
 class OwnEngineThread:
@@ -93,13 +78,11 @@ class OwnEngineThread:
         self._eos_token_ids = opened.card.eos_token_ids
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
-        self._on_crash = on_crash
+        self._readers = Readers(on_crash)
         self._observer = observer
-        self._streams = EventStreams()
-        self._loop: asyncio.AbstractEventLoop | None = None
         # --- of the engine's own loop
         self._slots = FairSlots(max_running)
-        self._inside: dict[int, _Running] = {}  # by the request's key
+        self._inside: dict[int, RunningRequest] = {}  # by the request's key
         self._tasks: set[asyncio.Task[None]] = set()  # whatever is still under way
         self._events: list[tuple[Request, Event]] = []
         self._is_handing_over = False
@@ -115,7 +98,7 @@ class OwnEngineThread:
         return self._load
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._readers.start()
         self._thread.watch(self._on_end)
 
     def submit(
@@ -123,13 +106,13 @@ class OwnEngineThread:
     ) -> EventStream:
         if not self._thread.is_alive:
             raise EngineStopped
-        stream = self._streams.open(request, on_event)
+        stream = self._readers.open(request, on_event)
         self._thread.call(self._add, request)
         return stream
 
     def cancel(self, request: Request, reason: FinishReason | None = None) -> None:
         if reason is None:
-            self._streams.drop(request)
+            self._readers.drop(request)
         self._thread.call(self._cancel, request, reason, time.monotonic())
 
     def progress(self) -> int:
@@ -144,7 +127,7 @@ class OwnEngineThread:
         return self._thread.id
 
     def fail(self) -> None:
-        self._streams.fail_all(EngineStopped())
+        self._readers.fail()
 
     async def stop(self) -> None:
         """As the protocol has it, for as long as _END_SECONDS and _CLOSE_SECONDS, unless the engine's code blocks."""
@@ -159,7 +142,7 @@ class OwnEngineThread:
         self._num_answered = self._num_asked
 
     def _add(self, request: Request) -> None:
-        running = self._inside[request.key] = _Running(LiveRequest(request))
+        running = self._inside[request.key] = RunningRequest(LiveRequest(request))
         self._emit(running, Started(len(request.prompt), 0, self._slots.position(request.share)))
         if request.deadline is not None:
             seconds = max(0.0, request.deadline - time.monotonic())
@@ -183,7 +166,7 @@ class OwnEngineThread:
                 self._finish(running, index, reason)
         self._give_up(running)
 
-    def _expire(self, running: _Running) -> None:
+    def _expire(self, running: RunningRequest) -> None:
         """Its deadline has passed."""
         request = running.live.request
         if request.key not in self._inside:
@@ -193,7 +176,7 @@ class OwnEngineThread:
         else:
             self._cancel(request, FinishReason.DEADLINE)
 
-    def _forget(self, running: _Running) -> None:
+    def _forget(self, running: RunningRequest) -> None:
         """It is over: nothing more is said of it."""
         del self._inside[running.live.request.key]
         if running.expiry is not None:
@@ -215,7 +198,7 @@ class OwnEngineThread:
         except Exception as error:
             get_logger().error("the engine's close failed", exc_info=error)
 
-    async def _generate(self, running: _Running, index: int) -> None:
+    async def _generate(self, running: RunningRequest, index: int) -> None:
         """One choice, from the queue to its last piece."""
         async with self._slot(running):
             if running.is_late and not running.choices:  # its timer is a little late, too
@@ -231,7 +214,7 @@ class OwnEngineThread:
                 self._fail(running, failure)
 
     @asynccontextmanager
-    async def _slot(self, running: _Running) -> AsyncGenerator[None, None]:
+    async def _slot(self, running: RunningRequest) -> AsyncGenerator[None, None]:
         self._waiting += 1
         self._wake()
         try:
@@ -247,7 +230,7 @@ class OwnEngineThread:
             self._slots.release()
             self._wake()
 
-    async def _run_choice(self, running: _Running, index: int) -> None:
+    async def _run_choice(self, running: RunningRequest, index: int) -> None:
         live = running.live
         if live.scheduled_at is None:
             live.scheduled_at = time.monotonic()
@@ -271,7 +254,7 @@ class OwnEngineThread:
                 await asyncio.sleep(0)  # an engine that never waits must not hold up all others
             self._finish(running, index, FinishReason.STOP)
 
-    def _take(self, running: _Running, choice: Choice, piece: Piece) -> None:
+    def _take(self, running: RunningRequest, choice: Choice, piece: Piece) -> None:
         live = running.live
         if live.request.key not in self._inside:  # an engine that does not hear of its end
             return
@@ -302,28 +285,17 @@ class OwnEngineThread:
             decode=lambda ids: self._tokenizer.decode(ids, keep_special_tokens=True),
         )
 
-    def _finish(self, running: _Running, index: int, reason: FinishReason) -> None:
+    def _finish(self, running: RunningRequest, index: int, reason: FinishReason) -> None:
         """Send the end of a choice, if it was not sent: the rest of its text and its footer."""
         if index in running.ended:
             return
         running.ended.add(index)
-        footer = Finished(index, reason)
-        if (choice := running.choices.get(index)) is not None:
-            choice.output.flush()
-            if (delta := choice.output.take()) is not None:
-                self._emit(running, delta)
-            stop = choice.output.stop_sequence
-            if stop is not None:  # it may have come with the flushed rest
-                reason = FinishReason.STOP_SEQUENCE
-            token = choice.stop_token
-            footer = Finished(
-                index,
-                reason,
-                stop,
-                None if stop or token is None else token.token_id,
-                completion_tokens=choice.num_tokens,
-                withheld=choice.output.withheld + (() if token is None else (token,)),
-            )
+        if (choice := running.choices.get(index)) is None:
+            footer = Finished(index, reason)
+        else:
+            rest, footer = choice.end(reason)
+            if rest is not None:
+                self._emit(running, rest)
         live = running.live
         live.num_choices_left -= 1
         if live.num_choices_left == 0:
@@ -331,18 +303,18 @@ class OwnEngineThread:
             self._forget(running)
         self._emit(running, footer)
 
-    def _fail(self, running: _Running, error: Exception) -> None:
+    def _fail(self, running: RunningRequest, error: Exception) -> None:
         self._forget(running)
         self._emit(running, Failed(error))
         self._give_up(running)
 
-    def _give_up(self, running: _Running) -> None:
+    def _give_up(self, running: RunningRequest) -> None:
         """End what the engine still does for a request."""
         for task in running.tasks:
             task.cancel()
         self._spawn(self._abort(running.live.request.request_id))
 
-    async def _observe_end(self, running: _Running, phase: Phase, came_at: float) -> None:
+    async def _observe_end(self, running: RunningRequest, phase: Phase, came_at: float) -> None:
         """Tell how long the engine's code goes on for a request that its caller gave up."""
         drawn = running.live.num_completion_tokens
         if tasks := list(running.tasks):
@@ -356,7 +328,7 @@ class OwnEngineThread:
         except Exception as error:
             get_logger().error("the engine's abort failed", request_id=request_id, exc_info=error)
 
-    def _report_late(self, running: _Running, error: BaseException) -> None:
+    def _report_late(self, running: RunningRequest, error: BaseException) -> None:
         """The request is over; what its cleaning up raises is nobody's but the log's."""
         if isinstance(error, Exception):
             request_id = running.live.request.request_id
@@ -368,7 +340,7 @@ class OwnEngineThread:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _emit(self, running: _Running, event: Event) -> None:
+    def _emit(self, running: RunningRequest, event: Event) -> None:
         self._events.append((running.live.request, event))
         self._wake()
 
@@ -383,7 +355,7 @@ class OwnEngineThread:
         self._load = self._measure()
         events, self._events = self._events, []
         if events:
-            self._call_on_serving_loop(self._streams.deliver, events)
+            self._readers.deliver(events)
 
     def _measure(self) -> Load:
         return Load(
@@ -399,18 +371,7 @@ class OwnEngineThread:
         )
 
     def _on_end(self, error: BaseException | None) -> None:
-        self._call_on_serving_loop(
-            self._crash, error or OwnEngineFailed("the engine stopped its event loop")
-        )
-
-    def _call_on_serving_loop(self, callback: Callable[[Any], None], argument: object) -> None:
-        assert self._loop is not None, "start() comes first"  # noqa: S101
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(callback, argument)
-
-    def _crash(self, error: BaseException) -> None:
-        self.fail()
-        self._on_crash(error)
+        self._readers.crash(error or OwnEngineFailed("the engine stopped its event loop"))
 
 
 @asynccontextmanager

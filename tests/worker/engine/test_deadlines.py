@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from inference_worker.engine import engine as engine_module
+from inference_worker.engine.deadlines import SPARE
 from inference_worker.engine.event import Expired, Failed, FinishReason, Scheduled, Started
 from inference_worker.engine.request import OutputParams
 from inference_worker.engine.runner import Row
@@ -150,4 +150,4 @@ def test_deadlines_of_those_who_ended_before_are_forgotten() -> None:
     for number in range(500):
         engine.add(replace(make_request(f"r{number}", [1], 1), deadline=far))
         run(engine)
-    assert len(engine._deadlines) <= 2 + engine_module._SPARE_DEADLINES
+    assert len(engine._deadlines) <= 2 + SPARE
