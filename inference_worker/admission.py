@@ -59,9 +59,9 @@ class Admission:
     others; else it is refused. What a request will generate takes blocks too, but nobody knows how many: the engine
     preempts where they were too many.
 
-    What another worker began is not as free to be refused: its reader has the beginning. It finds room beyond the
-    queue's, in which as many requests may wait as such a worker has inside; and its key's limits let it pass, since the
-    key has paid there for all that was delivered.
+    What was begun before, here or on another worker, is not as free to be refused: its reader has the beginning. It
+    finds room beyond the queue's, in which as many requests may wait as such a worker has inside; and its key's limits
+    let it pass, since the key has paid for all that was delivered.
 
     Invariants: waiting requests, tokens and blocks exceed their limits by continuations alone, and nothing is counted
     once every ticket is released.
@@ -92,13 +92,14 @@ class Admission:
         seconds_left: float | None = None,
         *,
         is_continued: bool = False,
+        is_ours: bool = False,
     ) -> Ticket:
         """Let a request in, or refuse it. `prompt_tokens` may be an estimate; `Ticket.set_prompt_tokens` replaces it.
 
-        `seconds_left`: until its deadline. `is_continued`: another worker began it. Raises: Draining, KeyLimit,
-        QueueFull, QueueShareFull, TokenBudgetFull, WouldMissDeadline, DeadlinePassed.
+        `seconds_left`: until its deadline. `is_continued`: it was begun before, here (`is_ours`) or elsewhere. Raises:
+        Draining, KeyLimit, QueueFull, QueueShareFull, TokenBudgetFull, WouldMissDeadline, DeadlinePassed.
         """
-        if self.is_draining:
+        if self.is_draining and not is_ours:
             raise Draining
         if seconds_left is not None and seconds_left <= 0:
             raise DeadlinePassed

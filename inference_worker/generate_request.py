@@ -21,7 +21,6 @@ from inference_worker.field_rules import (
     check_at_least,
     check_count,
     check_range,
-    read_duration,
     refuse_unknown_fields,
 )
 from inference_worker.grammar.source import GrammarSource, read_constraint
@@ -68,7 +67,7 @@ class Reading:
     constraint: GrammarSource | None
     caller: Caller
     priority: int
-    timeout: float | None  # seconds; None: as long as the call may take
+    tells_token_ids: bool = False  # whether this worker may go on with it, and wants to know them
 
     def to_engine(
         self,
@@ -174,7 +173,6 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         constraint=_read_constraint(message, tools, limits),
         caller=read_caller(message),
         priority=read_priority(message),
-        timeout=_read_timeout(message),
     )
 
 
@@ -196,10 +194,6 @@ def _read_constraint(
         raise InvalidField(path, "are nested too deeply") from error
     check_count(path, len(grammar), limits.max_grammar_bytes, "bytes, where a call is required")
     return GrammarSource("lark", grammar, path)
-
-
-def _read_timeout(message: pb.GenerateRequest) -> float | None:
-    return read_duration("timeout", message.timeout) if message.HasField("timeout") else None
 
 
 def _read_request_id(message: pb.GenerateRequest) -> str:

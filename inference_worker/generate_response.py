@@ -119,7 +119,8 @@ class StreamWriter:
         item.choice_index = delta.choice_index
         item.token_count = len(token_ids)
         item.is_prompt = delta.is_prompt
-        if self._reading.sends_token_ids or (self._reading.is_continuable and not delta.is_prompt):
+        is_continued = self._reading.is_continuable or self._reading.tells_token_ids
+        if self._reading.sends_token_ids or (is_continued and not delta.is_prompt):
             item.token_ids.extend(token_ids)
         if sends_logprobs:
             item.logprobs.extend(map(self._logprob, delta.tokens))

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from inference_worker.errors import InternalError, InvalidField, SluiceError, StreamGone, TakenOver
+from inference_worker.engine.event import FinishReason
+from inference_worker.errors import (
+    DeadlinePassed,
+    InternalError,
+    InvalidField,
+    SluiceError,
+    StreamGone,
+)
+from inference_worker.parkable import Messages, Parkable
 from inference_worker.replay import Replay
 from inference_worker.request_log import get_logger
+from inference_worker.stream_reader import StreamReader
 from protos.sluice.v1 import generation_pb2 as pb
 
 _ID_BYTES: Final = 24  # 192 random bits
-
-Messages = AsyncGenerator[pb.GenerateResponse, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +37,16 @@ class ResumeTerms:
     sends_token_ids: bool = (
         True  # also to those who resume it; else only a caller that may continue it gets them
     )
+    is_continuable: bool = False  # whether the one that began it may continue it
+    parked_bytes: int = 0  # that its request takes, if it is kept to be parked
     # Of a stream that another worker began:
     resume_id: str | None = None  # its name there
     header_number: int | None = None  # of the header here; there it was another message's
+
+    @property
+    def num_bytes(self) -> int:
+        """What is kept besides the messages."""
+        return len(self.annotation) + self.parked_bytes
 
 
 class Keeper(Protocol):
@@ -59,8 +72,9 @@ class Keeper(Protocol):
 class KeptStream:
     """One stream. Used from the event loop only.
 
-    It runs to its end whoever reads. When its reader goes away its window begins, and when that has passed the
-    generation is cancelled; after its end it is kept for one window. There is one reader at a time: the newest.
+    It runs to its end whoever reads, but for one that is parked while nobody does. When its reader goes away its window
+    begins, and when that has passed the generation is cancelled; after its end it is kept for one window. There is one
+    reader at a time: the newest.
     """
 
     def __init__(self, terms: ResumeTerms, replay: Replay, keeper: Keeper) -> None:
@@ -75,10 +89,15 @@ class KeptStream:
         self._is_expired = False  # and kept for its reader alone
         self._error: SluiceError | None = None  # what it ended with, if it failed
         self._is_begun = False  # somebody has read of it
-        self._reader: _Reader | None = None
+        self._reader: StreamReader | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # of the tasks, which write one after the other
+        self._parkable: Parkable | None = None
+        self.is_parked = False
+        self._is_left = False  # its reader has gone away
+        self._is_waking = False  # somebody has come back, and it has no place yet
         self._arm()  # should nobody ever read
 
     @property
@@ -89,14 +108,18 @@ class KeptStream:
     @property
     def num_bytes(self) -> int:
         """What it takes."""
-        return self.replay.num_bytes + len(self.terms.annotation)
+        return self.replay.num_bytes + self.terms.num_bytes
 
     def is_of(self, key_id: str) -> bool:
         """Whether the key is the one that began it."""
         return hmac.compare_digest(self.terms.key_id.encode(), key_id.encode())
 
-    def start(self, messages: Messages) -> None:
+    def start(self, messages: Messages | Parkable) -> None:
         """Begin to write the messages into the ring."""
+        if isinstance(messages, Parkable):
+            self._parkable = messages
+            self._parkable.on_end = self._end_parked
+            messages = messages.messages()
         self._task = asyncio.create_task(self._fill(messages), name="kept stream")
 
     def cancel(self) -> None:
@@ -134,13 +157,17 @@ class KeptStream:
             number = self.terms.header_number or 0
         reader = self._attach(number)
         try:
+            while self._is_waking:
+                reader.news.clear()
+                await reader.news.wait()
+                reader.check()
             while True:
                 reader.news.clear()
                 while (message := self.replay.read(number)) is not None:
                     self._is_begun = True
                     number += 1
                     reader.move(number)
-                    yield self._resumed(message) if is_resumed else message
+                    yield self._shown(message, is_resumed=is_resumed)
                     reader.check()
                 if self.is_over:
                     break
@@ -156,7 +183,7 @@ class KeptStream:
         for there in range(number, self.replay.end):
             if (message := self.replay.read(there)) is None:  # joined meanwhile
                 break
-            yield self._resumed(message)
+            yield self._shown(message, is_resumed=True)
         if is_over and self._error is not None:
             raise self._error
 
@@ -171,27 +198,41 @@ class KeptStream:
         if self._reader is not None:
             await self._reader.left.wait()
 
-    def _resumed(self, message: pb.GenerateResponse) -> pb.GenerateResponse:
-        """A message as one who resumes it gets it."""
-        if message.HasField("delta") and not self.terms.sends_token_ids:
-            message.delta.ClearField("token_ids")
-        if message.HasField("started") and self.terms.annotation:
-            message.started.annotation = self.terms.annotation
+    def _shown(self, message: pb.GenerateResponse, *, is_resumed: bool) -> pb.GenerateResponse:
+        """A message as its reader gets it."""
+        terms = self.terms
+        if message.HasField("delta"):
+            if not (terms.sends_token_ids or (terms.is_continuable and not is_resumed)):
+                message.delta.ClearField("token_ids")
+        elif is_resumed and message.HasField("started") and terms.annotation:
+            message.started.annotation = terms.annotation
         return message
 
     async def _fill(self, messages: Messages) -> None:
+        async with self._turn:
+            await self._write(messages)
+
+    async def _write(self, messages: Messages) -> None:
         try:
             async with aclosing(messages):
                 async for message in messages:
-                    if message.HasField("started"):
-                        self._begin(message.started)
+                    if message.HasField("started") and not self._begin(message.started):
+                        continue
                     await self._make_room()
                     self.replay.append(message)
+                    if self._parkable is not None:
+                        self._parkable.take(message)
                     self._tell_reader()
+                    if self._is_left:  # since before it had begun
+                        self._park()
         except SluiceError as error:
-            self._end(error)
+            if self._is_waking:
+                self._stay_parked(error)
+            else:
+                self._end(error)
         except asyncio.CancelledError:
-            if self._is_kept:  # not by us: whoever reads must not wait for ever
+            is_last = asyncio.current_task() is self._task and not self.is_parked
+            if self._is_kept and is_last:  # not by us: whoever reads must not wait for ever
                 self._end(InternalError(self.request_id))
             raise
         except Exception as error:
@@ -200,13 +241,16 @@ class KeptStream:
         else:
             self._end(None)
 
+    def _is_full(self) -> bool:
+        return self.replay.is_full or not self._keeper.has_room()
+
     async def _make_room(self) -> None:
         """Drop the oldest messages where there is no room for one more.
 
         What a reader has yet to read stays: this waits for it, and what the engine does meanwhile is joined to one
         delta a choice, as for any slow reader.
         """
-        while self.replay.is_full or not self._keeper.has_room():
+        while self._is_full():
             reader = self._reader
             if reader is not None and reader.number <= self.replay.first < self.replay.end:
                 reader.moved.clear()
@@ -214,14 +258,72 @@ class KeptStream:
             elif not self.replay.drop_oldest():
                 return
 
-    def _begin(self, started: pb.Started) -> None:
+    def _begin(self, started: pb.Started) -> bool:
+        """It was admitted. False: again, which nobody need be told."""
+        if self.request_id is not None:
+            self._is_waking = False
+            self._tell_reader()
+            return False
         self.request_id = started.request_id
         started.resume_id = self.resume_id
         started.resume_window.FromNanoseconds(round(self.terms.window * 1e9))
+        is_parkable = self._parkable is not None
+        started.while_unread = pb.WHILE_UNREAD_PARK if is_parkable else pb.WHILE_UNREAD_CONTINUE
         self._keeper.note_begin(self)
+        return True
+
+    def _park(self) -> None:
+        """Nobody reads: have the generation leave the engine, if it can come back."""
+        parkable = self._parkable
+        if parkable is None or not parkable.is_begun or parkable.is_whole or self._task is None:
+            return
+        self.is_parked = True
+        self._is_waking = False
+        parkable.park()
+        self._task.cancel()
+
+    def _wake(self, parkable: Parkable) -> None:
+        """Somebody reads again."""
+        if parkable.is_late:
+            self._end_parked(FinishReason.DEADLINE)
+            return
+        self.is_parked = False
+        self._is_waking = True
+        self._task = asyncio.create_task(self._fill(parkable.messages()), name="kept stream")
+
+    def _stay_parked(self, error: SluiceError) -> None:
+        """It found no place again."""
+        if self._parkable is None:
+            return
+        self._is_waking = False
+        self.is_parked = True
+        self._parkable.park()
+        if isinstance(error, DeadlinePassed):
+            self._end_parked(FinishReason.DEADLINE)
+        elif error.retry_after is None:  # nor will it
+            self._end_parked(FinishReason.CANCELLED, error)
+        elif self._reader is not None:
+            self._reader.refuse(error)
+
+    def _end_parked(self, reason: FinishReason, error: SluiceError | None = None) -> bool:
+        """Its last messages, or the error in their place. False: it has its place."""
+        if not (self.is_parked or self._is_waking) or self._parkable is None:
+            return False
+        self.is_parked = False
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        for message in () if error else self._parkable.footers(reason):
+            while self._is_full() and self.replay.drop_oldest():
+                pass
+            self.replay.append(message)
+        self._parkable.forget()
+        self._end(error)
+        return True
 
     def _end(self, error: SluiceError | None) -> None:
         self.is_over = True
+        self._is_waking = False
         self._error = error
         self._tell_reader()
         if self.request_id is None:  # it was refused, and its caller is told
@@ -230,15 +332,18 @@ class KeptStream:
         self._keeper.note_end(self)
         self._arm()
 
-    def _attach(self, number: int) -> _Reader:
+    def _attach(self, number: int) -> StreamReader:
         if self._reader is not None:
             self._reader.replace()
         elif not self.is_over:
             self._disarm()
-        self._reader = _Reader(number)
+        self._reader = StreamReader(number)
+        self._is_left = False
+        if self.is_parked and self._parkable is not None:
+            self._wake(self._parkable)
         return self._reader
 
-    def _detach(self, reader: _Reader) -> None:
+    def _detach(self, reader: StreamReader) -> None:
         reader.leave()
         if reader is not self._reader:  # another one reads on
             return
@@ -252,6 +357,8 @@ class KeptStream:
                 self._forget()
         elif self._is_begun or self.terms.tag is not None:
             self._arm()
+            self._is_left = True
+            self._park()
         else:  # nobody knows the name to come back with
             self.cancel()
 
@@ -278,36 +385,6 @@ class KeptStream:
         self._disarm()
         if self._is_kept:
             self._is_kept = False
+            if self._parkable is not None:
+                self._parkable.forget()
             self._keeper.note_forgotten(self)
-
-
-class _Reader:
-    """One call that reads."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number  # of the message that it reads next
-        self.news = asyncio.Event()
-        self.moved = asyncio.Event()
-        self.left = asyncio.Event()
-        self._is_replaced = False
-
-    def move(self, number: int) -> None:
-        """It has read what comes before this."""
-        self.number = number
-        self.moved.set()
-
-    def leave(self) -> None:
-        """It reads no more."""
-        self.left.set()
-        self.moved.set()
-
-    def replace(self) -> None:
-        """Another call has taken the stream over."""
-        self._is_replaced = True
-        self.news.set()
-        self.moved.set()
-
-    def check(self) -> None:
-        """Raises: TakenOver."""
-        if self._is_replaced:
-            raise TakenOver

@@ -18,6 +18,7 @@ from inference_worker.field_rules import (
 )
 from inference_worker.kept_stream import KeptStream, ResumeTerms
 from inference_worker.replay import MESSAGE_OVERHEAD, Replay
+from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 
 _RESUME_ID: Final = re.compile(r"rs_[0-9a-f]{48}")
@@ -36,12 +37,23 @@ class ReplayLimits:
     max_streams: int
     max_total_bytes: int
 
+    @classmethod
+    def of(cls, settings: WorkerSettings) -> ReplayLimits:
+        """Those that are set."""
+        return cls(
+            settings.max_resume_seconds,
+            settings.replay_messages,
+            settings.replay_bytes,
+            settings.replay_streams,
+            settings.replay_total_bytes,
+        )
+
 
 class KeptStreams:
     """Used from the event loop only.
 
     Invariant: `num_bytes` is at most `max_total_bytes` and, of each stream, one message; those streams that have not
-    begun left aside, with their annotations, since they make room only once they do: a request that is refused takes
+    begun left aside, with what they bring, since they make room only once they do: a request that is refused takes
     nothing from anybody. Streams that have ended make way first, longest ended first; where that is not enough a new
     stream is not kept, and one that grows loses its oldest messages.
     """
@@ -58,6 +70,11 @@ class KeptStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def num_parked(self) -> int:
+        """How many of them wait for a reader to go on."""
+        return sum(stream.is_parked for stream in self._streams.values())
+
     def open(self, terms: ResumeTerms) -> KeptStream | None:
         """Begin to keep a stream; None if there is no room for it."""
         limits = self._limits
@@ -65,13 +82,13 @@ class KeptStreams:
         room = limits.max_bytes - len(terms.annotation)
         if terms.window == 0 or room <= MESSAGE_OVERHEAD:
             return None
-        if not self._could_hold(len(terms.annotation)):
+        if not self._could_hold(terms.num_bytes):
             return None
         if terms.resume_id in self._streams:
             terms = replace(terms, resume_id=None)
         first = terms.header_number or 0
         stream = KeptStream(terms, Replay(limits.max_messages, room, self._grow, first), self)
-        self._grow(len(terms.annotation))
+        self._grow(terms.num_bytes)
         self._streams[stream.resume_id] = stream
         return stream
 
@@ -133,7 +150,7 @@ class KeptStreams:
         if self._tagged.get(tag) is stream:
             del self._tagged[tag]
         stream.replay.clear()
-        self._grow(-len(stream.terms.annotation))
+        self._grow(-stream.terms.num_bytes)
 
     def _could_hold(self, size: int) -> bool:
         """Whether one more stream of so many bytes has a place, if all that have ended made way."""
@@ -166,6 +183,8 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
         for name in ("resume_tag", "annotation"):
             if message.HasField(name):
                 raise InvalidField(name, "only with resume_window")
+        if message.while_unread:
+            raise InvalidField("while_unread", "only with resume_window")
         if message.continuation.HasField("resume_id"):
             raise InvalidField("continuation.resume_id", "only with resume_window")
         return None
@@ -173,6 +192,8 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
     check_range("resume_window", seconds, 0, _MAX_WINDOW_SECONDS, above_low=True)
     if message.HasField("resume_tag") and not 1 <= len(message.resume_tag) <= _MAX_TAG_CHARS:
         raise InvalidField("resume_tag", f"must be 1 to {_MAX_TAG_CHARS} characters")
+    if message.while_unread not in pb.WhileUnread.values():
+        raise InvalidField("while_unread", f"there is no {message.while_unread}")
     check_count("annotation", len(message.annotation), _MAX_ANNOTATION_BYTES, "bytes")
     continuation = message.continuation
     resume_id = continuation.resume_id if continuation.HasField("resume_id") else None
@@ -184,6 +205,8 @@ def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
         tag=message.resume_tag if message.HasField("resume_tag") else None,
         annotation=message.annotation,
         sends_token_ids=message.output.token_ids,
+        is_continuable=message.is_continuable,
+        parked_bytes=message.ByteSize() if message.while_unread == pb.WHILE_UNREAD_PARK else 0,
         resume_id=resume_id,
         header_number=(
             continuation.sequence_number if continuation.HasField("sequence_number") else None

@@ -140,6 +140,11 @@ class WorkerMetrics:
         self.replay_streams = Gauge(
             "sluice_replay_streams", "Streams kept for readers that come back.", registry=registry
         )
+        self.parked_streams = Gauge(
+            "sluice_parked_streams",
+            "Of them, those whose generation waits for a reader to go on.",
+            registry=registry,
+        )
         self.replay_bytes = Gauge("sluice_replay_bytes", "What they take.", registry=registry)
 
         # --- the engine

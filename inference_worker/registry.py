@@ -28,6 +28,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._inside: dict[str, tuple[Endable, str]] = {}  # and whose it is, by key_id
+        self._parked: dict[str, tuple[Endable, str]] = {}  # not inside, and may come back
         self._ended: OrderedDict[str, str] = OrderedDict()  # whose it was
         self._is_empty = asyncio.Event()
         self._is_empty.set()
@@ -35,14 +36,16 @@ class Registry:
     def __len__(self) -> int:
         return len(self._inside)
 
-    def check_free(self, request_id: str) -> None:
-        """Check that no request inside has this id. Raises: RequestExists."""
-        if request_id in self._inside:
+    def check_free(self, request_id: str, parked: Endable | None = None) -> None:
+        """Check that no request has this id but, if that comes back, the parked one. Raises: RequestExists."""
+        other, _ = self._parked.get(request_id, (parked, ""))
+        if request_id in self._inside or other is not parked:
             raise RequestExists(request_id)
 
     @contextmanager
     def hold(self, request_id: str, request: Endable, key_id: str = "") -> Iterator[None]:
-        """Keep a key's request inside for the length of the block. Its id must be free."""
+        """Keep a key's request inside for the length of the block. Its id must be free, or its own."""
+        self._parked.pop(request_id, None)
         self._inside[request_id] = (request, key_id)
         self._ended.pop(request_id, None)
         self._is_empty.clear()
@@ -56,9 +59,19 @@ class Registry:
             if not self._inside:
                 self._is_empty.set()
 
+    def park(self, request_id: str, request: Endable, key_id: str) -> None:
+        """Keep the id of a key's request that leaves now and may come back."""
+        self._parked[request_id] = (request, key_id)
+
+    def forget_parked(self, request_id: str, request: Endable) -> None:
+        """It does not come back."""
+        if self._parked.get(request_id, (None, ""))[0] is request:
+            del self._parked[request_id]
+
     def abort(self, request_id: str, key_id: str | None = None) -> pb.AbortOutcome.ValueType:
         """End a request, and say what was found. With a `key_id`, that of another key is unknown."""
-        request, owner = self._inside.get(request_id, (None, self._ended.get(request_id)))
+        known = self._parked.get(request_id) or self._inside.get(request_id)
+        request, owner = known or (None, self._ended.get(request_id))
         if key_id is not None and owner != key_id:
             return pb.ABORT_OUTCOME_UNKNOWN
         if request is not None:

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from inference_worker.admission import Admission, AdmissionLimits
 from inference_worker.caller import check_key_id, read_caller
 from inference_worker.count_limits import CountLimits
+from inference_worker.deadline import deadline_of, read_timeout
 from inference_worker.engine.event import FinishReason
 from inference_worker.errors import (
     InternalError,
@@ -29,6 +31,7 @@ from inference_worker.kept_stream import KeptStream
 from inference_worker.kept_streams import KeptStreams, ReplayLimits, read_terms
 from inference_worker.load_metrics import LoadMetrics
 from inference_worker.metrics import WorkerMetrics
+from inference_worker.parkable import Parkable
 from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
@@ -41,9 +44,6 @@ from protos.sluice.v1 import generation_pb2 as pb
 T = TypeVar("T")
 
 _SHUTDOWN_SECONDS: Final = 2.0  # for a reader to take its last message
-# How long before its call a request ends, so that its last messages arrive: a share of the time, and at most so much.
-_CALL_MARGIN: Final = 0.1
-_MAX_CALL_MARGIN_SECONDS: Final = 0.5
 
 
 class Worker:
@@ -72,16 +72,9 @@ class Worker:
             ),
             self.metrics.compiled,
         )
-        self._kept = KeptStreams(
-            ReplayLimits(
-                settings.max_resume_seconds,
-                settings.replay_messages,
-                settings.replay_bytes,
-                settings.replay_streams,
-                settings.replay_total_bytes,
-            )
-        )
+        self._kept = KeptStreams(ReplayLimits.of(settings))
         self.metrics.replay_streams.set_function(lambda: len(self._kept))
+        self.metrics.parked_streams.set_function(lambda: self._kept.num_parked)
         self.metrics.replay_bytes.set_function(lambda: self._kept.num_bytes)
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
@@ -167,13 +160,17 @@ class Worker:
         stream = None if self._admission.is_draining else self._keep(message)
         if stream is None:
             return self._generate(message, deadline)
-        stream.start(self._generate(message, deadline))
+        if message.while_unread == pb.WHILE_UNREAD_PARK and self._served.takes_continuations:
+            stream.start(Parkable(message, deadline, self._generate, self._registry))
+        else:
+            stream.start(self._generate(message, deadline))
         return stream.read()
 
     def _keep(self, message: pb.GenerateRequest) -> KeptStream | None:
         """A place for what the request generates, if it asks for one and there is one."""
         try:
             terms = read_terms(message)
+            read_timeout(message)
         except SluiceError:  # who reads the request will say so
             return None
         return None if terms is None else self._kept.open(terms)
@@ -209,13 +206,17 @@ class Worker:
             get_logger().info("resume", request_id=request_id, status=status)
 
     async def _generate(
-        self, message: pb.GenerateRequest, deadline: float | None
+        self,
+        message: pb.GenerateRequest,
+        deadline: float | None,
+        parkable: Parkable | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         record = RequestRecord(
             message, RequestMetrics(self.metrics), logs_prompts=self._settings.log_prompts
         )
         try:
-            async with aclosing(self._admit_and_run(message, record, deadline)) as messages:
+            running = self._admit_and_run(message, record, deadline, parkable)
+            async with aclosing(running) as messages:
                 async for response in messages:
                     yield response
         except SluiceError as error:
@@ -241,17 +242,23 @@ class Worker:
         record.write(status.code.name, reason=status.reason, field=error.field)
 
     async def _admit_and_run(
-        self, message: pb.GenerateRequest, record: RequestRecord, call_deadline: float | None
+        self,
+        message: pb.GenerateRequest,
+        record: RequestRecord,
+        call_deadline: float | None,
+        parkable: Parkable | None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         arrived_at = time.monotonic()
         if message.HasField("model"):
             self._check_model(message.model)
         reading = read_request(message, self._served.info, self._backend.limits)
         self._served.check_honoured(message)
-        self._registry.check_free(reading.request_id)
+        self._registry.check_free(reading.request_id, parkable)
+        if parkable is not None:
+            reading = replace(reading, tells_token_ids=True)
         delivered = reading.delivered
         num_tokens = estimate_tokens(reading.prompt) + delivered.num_tokens
-        deadline = _deadline(reading.timeout, call_deadline, arrived_at)
+        deadline = deadline_of(message, call_deadline, arrived_at)
         with self._admission.admit(
             reading.n - len(delivered.finished),
             num_tokens,
@@ -259,6 +266,7 @@ class Worker:
             reading.priority,
             None if deadline is None else deadline - time.monotonic(),
             is_continued=message.HasField("continuation"),
+            is_ours=parkable is not None and parkable.is_begun,
         ) as ticket:
             generation = Generation(self._backend, reading, ticket, record, deadline)
             with self._registry.hold(reading.request_id, generation, reading.caller.key_id):
@@ -382,16 +390,3 @@ class Worker:
     def _check_model(self, name: str) -> None:
         if name != self._served.info.name and name not in self._settings.model_aliases:
             raise ModelNotFound(name, self._served.info.name)
-
-
-def _deadline(
-    timeout: float | None, call_deadline: float | None, arrived_at: float
-) -> float | None:
-    """When a request ends, in time.monotonic's seconds: by its own timeout or a little before its call."""
-    deadlines = []
-    if timeout is not None:
-        deadlines.append(arrived_at + timeout)
-    if call_deadline is not None:
-        left = call_deadline - arrived_at
-        deadlines.append(call_deadline - min(left * _CALL_MARGIN, _MAX_CALL_MARGIN_SECONDS))
-    return min(deadlines, default=None)

@@ -19,7 +19,7 @@ from edge.dialects.ai_sdk_schema import (
     AiSdkSettings,
     AiSdkTextRequest,
 )
-from edge.dialects.common import field_names, new_id, window_message
+from edge.dialects.common import WHILE_UNREAD, field_names, new_id, window_message
 from edge.dialects.dialect import (
     Collector,
     Headers,
@@ -81,7 +81,10 @@ def parse_chat(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
         told = parsed.requests[0]
         told.resume_window.CopyFrom(window)
         told.resume_tag = _tag(request.id)
+        told.while_unread = WHILE_UNREAD[request.while_unread or "park"]
         told.annotation = encode([message_id, bool(request.send_usage)])
+    elif request.while_unread is not None:
+        raise invalid_request("whileUnread goes with an id and a resumeWindow.", "whileUnread")
     return parsed
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from edge.dialects.common import MAX_WINDOW_SECONDS
+from edge.dialects.common import MAX_WINDOW_SECONDS, WhileUnread
 from edge.dialects.schema import Float, Int64, Items, RequestModel, SomeItems, Uint32
 from edge.response_schema import ResponseModel
 
@@ -94,9 +94,13 @@ class AiSdkChatRequest(AiSdkSettings):
     )
     resume_window: Annotated[Float, Field(ge=0, le=MAX_WINDOW_SECONDS)] | None = Field(
         None,
-        description="Seconds for which a page that has lost the answer may come back for it: after it went away, while"
-        " the answer goes on, and after its end. 0 is not at all: the generation ends with its connection, also by"
-        " stop(). When left out, what the server is set to.",
+        description="Seconds for which a page that has lost the answer may come back for it: after it went away, and"
+        " after its end. 0 is not at all. When left out, what the server is set to.",
+    )
+    while_unread: WhileUnread | None = Field(
+        None,
+        description="What becomes of the generation once the page has gone, also by stop(): park, the default, stops it"
+        " and frees its memory at once, and it goes on when the page comes back; continue lets it go on.",
     )
     messages: SomeItems[AiSdkMessage]
     trigger: str | None = Field(None, max_length=64, description="No effect.")

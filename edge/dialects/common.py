@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 from google.protobuf import duration_pb2
 
@@ -46,6 +47,14 @@ def window_message(seconds: float) -> duration_pb2.Duration | None:
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+# What becomes of a generation with such a window while nobody reads it.
+WhileUnread: TypeAlias = Literal["park", "continue"]
+WHILE_UNREAD: dict[WhileUnread, "pb.WhileUnread.ValueType"] = {
+    "park": pb.WHILE_UNREAD_PARK,
+    "continue": pb.WHILE_UNREAD_CONTINUE,
+}
 
 
 def field_names(table: dict[str, str]) -> Callable[[str], str]:

@@ -10,6 +10,8 @@ from pydantic import Field
 
 from edge.dialects.common import (
     MAX_WINDOW_SECONDS,
+    WHILE_UNREAD,
+    WhileUnread,
     field_names,
     new_id,
     shown_bytes,
@@ -104,9 +106,15 @@ class StreamFields(SamplingFields, StoppingFields, TimeoutField):
     )
     resume_window: Annotated[Float, Field(ge=0, le=MAX_WINDOW_SECONDS)] | None = Field(
         None,
-        description="Seconds for which the stream may be resumed with Last-Event-ID: after its reader went away, while"
-        " it goes on, and after its end. 0 is not at all: the generation ends with its connection. When left out, 0"
-        " for POST, and for GET what the server is set to.",
+        description="Seconds for which the stream may be resumed with Last-Event-ID: after its reader went away, and"
+        " after its end. 0 is not at all: the generation ends with its connection. When left out, 0 for POST, and for"
+        " GET what the server is set to.",
+    )
+    while_unread: WhileUnread | None = Field(
+        None,
+        description="What becomes of a generation with such a window while nobody reads: park stops it and frees its"
+        " memory at once, and it goes on when a reader comes back; continue lets it go on for the window. When left"
+        " out, continue for POST, and for GET park.",
     )
     special_tokens: bool | None = Field(
         None,
@@ -180,7 +188,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
     prompt = _prompt(stream)
     if stream.special_tokens is not None:
         prompt.special_tokens = stream.special_tokens
-    return _parsed(stream, prompt, constraint)
+    return _parsed(stream, prompt, constraint=constraint)
 
 
 def _prompt(stream: StreamRequest) -> pb.Prompt:
@@ -209,7 +217,7 @@ def parse_query(parameters: list[tuple[str, str]], limits: PromptLimits) -> Pars
             values[name] = value
     query = validate(StreamQuery, values, strict=False)
     prompt = pb.Prompt(text=query.prompt, special_tokens=query.special_tokens)
-    return _parsed(query, prompt, window=limits.resume_window_seconds)
+    return _parsed(query, prompt, limits.resume_window_seconds, while_unread="park")
 
 
 def resume(last_event_id: str) -> ParsedRequest | None:
@@ -244,11 +252,14 @@ def resume(last_event_id: str) -> ParsedRequest | None:
 def _parsed(
     stream: StreamFields,
     prompt: pb.Prompt,
-    constraint: pb.Constraint | None = None,
     window: float = 0,
+    while_unread: WhileUnread = "continue",
+    constraint: pb.Constraint | None = None,
 ) -> ParsedRequest:
     if stream.resume_window is not None:
         window = stream.resume_window
+    if stream.while_unread is not None and not window:
+        raise invalid_request("Only with a resume_window.", "while_unread")
     request_id = new_id(_ID_PREFIX)
     request = pb.GenerateRequest(
         request_id=request_id,
@@ -265,6 +276,11 @@ def _parsed(
         n=stream.n,
         constraint=constraint,
         resume_window=window_message(window),
+        while_unread=(
+            WHILE_UNREAD[stream.while_unread or while_unread]
+            if window
+            else pb.WHILE_UNREAD_UNSPECIFIED
+        ),
         timeout=stream.timeout_duration(),
     )
     names = field_names(

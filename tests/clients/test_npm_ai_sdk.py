@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.clients.foreign_process import ForeignProcess
 from tests.clients.node_clients import NodeClients
 from tests.edge.edge_process import EdgeProcess
 from tests.edge.scripted_worker import ScriptedWorker
-from tests.integration.stack import PATIENCE, Stack
+from tests.integration.stack import PATIENCE, LoggedProcess, Stack
 
 PATHS = {"data": "/api/chat", "text": "/api/text"}
 PROTOCOLS = pytest.mark.parametrize("protocol", PATHS)
@@ -28,6 +29,7 @@ SCHEMA = {
 }
 WEATHER = {"get_weather": {"description": "Tells the weather", "inputSchema": SCHEMA}}
 RESULT = "18 degrees and sunny"
+SCRIPT = "The quick brown fox jumps over the lazy dog. "  # what the slow stack says
 TOLD = "The server failed to process the request."  # of any failure inside
 
 
@@ -155,6 +157,10 @@ def test_overload(hooks: ForeignProcess, slow_stack: Stack, protocol: str) -> No
     assert page["error"]["status"] == 429
 
 
+# Longer than anybody waits: whatever is freed before is not freed by the window's end.
+WINDOW = {"resumeWindow": 300}
+
+
 @PROTOCOLS
 def test_the_stop_button_frees_the_sequence(
     hooks: ForeignProcess, slow_stack: Stack, protocol: str
@@ -166,25 +172,56 @@ def test_the_stop_button_frees_the_sequence(
         path=PATHS[protocol],
         protocol=protocol,
         turn=COUNT,
-        body={"maxOutputTokens": ENDLESS, "resumeWindow": 0},
+        body={"maxOutputTokens": ENDLESS} | WINDOW,
     )
     assert page["status"] == "ready"
     slow_stack.wait_idle()
     assert slow_stack.load().generated_tokens - before < ENDLESS, "it ended by itself"
 
 
-def test_a_page_that_is_loaded_again_gets_the_whole_answer(
+TOKENS = 100
+BODY = {
+    "maxOutputTokens": TOKENS,
+    "sendUsage": True,
+    "ignored": "by the application's own",
+} | WINDOW
+
+
+def assert_whole(page: dict[str, Any], before: dict[str, Any]) -> None:
+    """The answer after a resume: that of the page before, and the rest of it, exactly."""
+    assert page["error"] is None
+    (asked, (role, text)), ((_, begun),) = said(page), said(before)[1:]
+    assert (asked, role) == (("user", COUNT), "assistant")
+    assert text.startswith(begun)
+    assert len(begun) < len(text), "nothing was left to resume"
+    assert (SCRIPT * TOKENS).startswith(text), "a token is lost or repeated"
+    assert page["messages"][1]["id"] == before["messages"][1]["id"]
+    assert page["messages"][1]["metadata"]["usage"]["outputTokens"] == TOKENS
+    assert page["finish_reasons"] == ["length"]
+
+
+def test_a_stopped_answer_goes_on_when_the_page_is_loaded_again(
     hooks: ForeignProcess, slow_stack: Stack
 ) -> None:
-    given = {"url": slow_stack.url, "path": "/api/chat"}
-    body = {**GREEDY, "maxOutputTokens": 60}
-    (whole,) = said(hooks.call("chat", turns=[COUNT], body=body | {"resumeWindow": 0}, **given))[1:]
-    pages = hooks.call("reload", turn=COUNT, body=body, **given)
-    before, after = pages["before"], pages["after"]
-    assert after["error"] is None
-    assert said(after) == [("user", COUNT), whole]
-    assert after["messages"][1]["id"] == before["messages"][1]["id"]
-    assert len(said(before)[1][1]) < len(whole[1]), "nothing was left to resume"
+    given = {"url": slow_stack.url, "path": "/api/chat", "body": BODY}
+    before = hooks.call("stop", turn=COUNT, **given)
+    slow_stack.wait_idle()
+    after = hooks.call("reload", id=before["id"], messages=before["messages"], **given)
+    assert_whole(after, before)
+
+
+def test_an_answer_outlives_a_killed_edge(hooks: ForeignProcess, slow_stack: Stack) -> None:
+    flags = {"host": "127.0.0.1", "port": 0, "worker": slow_stack.worker_address}
+    edge = LoggedProcess("edge", flags)
+    given = {"path": "/api/chat", "body": BODY}
+    url = f"http://127.0.0.1:{edge.wait_for_line(event='edge listening')['port']}"
+    hooks.call("begin", url=url, turn=COUNT, **given)
+    edge.stop(signal.SIGKILL)
+    before = hooks.call("end")
+    assert before["error"]
+    slow_stack.wait_idle()
+    chat = {"id": before["id"], "messages": before["messages"]}
+    assert_whole(hooks.call("reload", url=slow_stack.url, **chat, **given), before)
 
 
 def test_a_chat_with_nothing_to_resume_is_ready(hooks: ForeignProcess, stack: Stack) -> None:

@@ -42,7 +42,12 @@ async def sent(
     request = json_format.MessageToDict(worker.call.request, preserving_proto_field_name=True)
     assert request.pop("timeout")
     assert request.pop("request_id").startswith("msg-")
-    for name in ("resume_window", "resume_tag", "annotation"):  # tested on their own
+    for name in (
+        "resume_window",
+        "resume_tag",
+        "annotation",
+        "while_unread",
+    ):  # tested on their own
         request.pop(name, None)
     worker.calls.clear()
     return request
@@ -450,6 +455,20 @@ async def test_a_chats_answer_is_kept_for_the_window(
     asked = request.resume_window.ToMilliseconds() / 1e3
     assert (asked if request.HasField("resume_window") else None) == seconds
     assert request.HasField("resume_tag") == request.HasField("annotation") == (seconds is not None)
+    assert request.while_unread == (pb.WHILE_UNREAD_PARK if seconds else 0)
+
+
+async def test_what_becomes_of_an_answer_that_nobody_reads_can_be_chosen(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    for name, mode in (("park", pb.WHILE_UNREAD_PARK), ("continue", pb.WHILE_UNREAD_CONTINUE)):
+        worker.calls.clear()
+        await http.post(CHAT, json=INPUT[CHAT] | {"whileUnread": name})
+        assert worker.call.request.while_unread == mode
+    for wrong in ({"whileUnread": "sleep"}, {"whileUnread": "park", "resumeWindow": 0}):
+        response = await http.post(CHAT, json=INPUT[CHAT] | wrong)
+        assert response.status_code == 400
+        assert "whileUnread" in response.text
 
 
 async def test_what_has_no_chat_id_is_not_kept(

@@ -76,6 +76,29 @@ async def test_who_asks_for_a_window(
     request = worker.call.request
     asked = request.resume_window.ToMilliseconds() / 1e3
     assert (asked if request.HasField("resume_window") else None) == seconds
+    mode = pb.WHILE_UNREAD_PARK if method == "GET" else pb.WHILE_UNREAD_CONTINUE
+    assert request.while_unread == (mode if seconds else 0)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_what_becomes_of_it_unread_can_be_chosen(
+    http: httpx.AsyncClient, worker: ScriptedWorker, method: str
+) -> None:
+    async def ask(**fields: Any) -> httpx.Response:
+        fields |= {"prompt": "x"}
+        query, body = (fields, None) if method == "GET" else (None, fields)
+        return await http.request(method, "/v1/streams", params=query, json=body)
+
+    for name, mode in (("park", pb.WHILE_UNREAD_PARK), ("continue", pb.WHILE_UNREAD_CONTINUE)):
+        worker.calls.clear()
+        await ask(resume_window=5, while_unread=name)
+        assert worker.call.request.while_unread == mode
+    for wrong in (
+        {"resume_window": 5, "while_unread": "sleep"},
+        {"resume_window": 0, "while_unread": "park"},
+    ):
+        response = await ask(**wrong)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "while_unread")
 
 
 async def test_a_default_window_is_a_setting(target: str, worker: ScriptedWorker) -> None:

@@ -29,6 +29,42 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _WhileUnread:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WhileUnreadEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WhileUnread.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WHILE_UNREAD_UNSPECIFIED: _WhileUnread.ValueType  # 0
+    """CONTINUE."""
+    WHILE_UNREAD_CONTINUE: _WhileUnread.ValueType  # 1
+    """It goes on, and who comes back finds it further on."""
+    WHILE_UNREAD_PARK: _WhileUnread.ValueType  # 2
+    """It is stopped within one engine step and its memory is free, as if the call had asked for no window; who comes back
+    gets the messages that there are, and the generation goes on from them as a Continuation does: nothing is repeated or
+    left out, under the numbers that follow. A Resume then waits for a slot like any continuation, and where there is no
+    place is refused as an overloaded request is, without harm to the stream. The time between does not count to the
+    request's deadline. Usage.cached_tokens and Timings are of the last part. On a worker that takes no continuations it
+    goes on instead: `started` tells.
+    """
+
+class WhileUnread(_WhileUnread, metaclass=_WhileUnreadEnumTypeWrapper):
+    """What becomes of a generation that nobody reads, for as long as its stream may be resumed."""
+
+WHILE_UNREAD_UNSPECIFIED: WhileUnread.ValueType  # 0
+"""CONTINUE."""
+WHILE_UNREAD_CONTINUE: WhileUnread.ValueType  # 1
+"""It goes on, and who comes back finds it further on."""
+WHILE_UNREAD_PARK: WhileUnread.ValueType  # 2
+"""It is stopped within one engine step and its memory is free, as if the call had asked for no window; who comes back
+gets the messages that there are, and the generation goes on from them as a Continuation does: nothing is repeated or
+left out, under the numbers that follow. A Resume then waits for a slot like any continuation, and where there is no
+place is refused as an overloaded request is, without harm to the stream. The time between does not count to the
+request's deadline. Usage.cached_tokens and Timings are of the last part. On a worker that takes no continuations it
+goes on instead: `started` tells.
+"""
+Global___WhileUnread: typing_extensions.TypeAlias = WhileUnread
+
 class _ToolChoiceMode:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -118,7 +154,7 @@ class _AbortOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     ABORT_OUTCOME_UNSPECIFIED: _AbortOutcome.ValueType  # 0
     """Never sent."""
     ABORT_OUTCOME_ABORTED: _AbortOutcome.ValueType  # 1
-    """The request waited or ran, and ends now with FINISH_REASON_CANCELLED."""
+    """The request waited, ran or was parked, and ends now with FINISH_REASON_CANCELLED."""
     ABORT_OUTCOME_ALREADY_FINISHED: _AbortOutcome.ValueType  # 2
     """It had already ended."""
     ABORT_OUTCOME_UNKNOWN: _AbortOutcome.ValueType  # 3
@@ -130,7 +166,7 @@ class AbortOutcome(_AbortOutcome, metaclass=_AbortOutcomeEnumTypeWrapper):
 ABORT_OUTCOME_UNSPECIFIED: AbortOutcome.ValueType  # 0
 """Never sent."""
 ABORT_OUTCOME_ABORTED: AbortOutcome.ValueType  # 1
-"""The request waited or ran, and ends now with FINISH_REASON_CANCELLED."""
+"""The request waited, ran or was parked, and ends now with FINISH_REASON_CANCELLED."""
 ABORT_OUTCOME_ALREADY_FINISHED: AbortOutcome.ValueType  # 2
 """It had already ended."""
 ABORT_OUTCOME_UNKNOWN: AbortOutcome.ValueType  # 3
@@ -160,6 +196,7 @@ class GenerateRequest(google.protobuf.message.Message):
     ANNOTATION_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
     IS_CONTINUABLE_FIELD_NUMBER: builtins.int
+    WHILE_UNREAD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Names the request for Abort and in the logs: 1 to 128 characters of [A-Za-z0-9._:-], unique among the running ones.
     Unset: the worker makes one.
@@ -187,6 +224,10 @@ class GenerateRequest(google.protobuf.message.Message):
     with the next text; and the worker's shutdown ends the stream UNAVAILABLE, with the reason SHUTDOWN, before any text
     that is held back, where otherwise it ends with FINISH_REASON_SHUTDOWN. Nothing happens on a worker that takes no
     continuations: `started` tells. Default: false.
+    """
+    while_unread: Global___WhileUnread.ValueType
+    """What becomes of the generation while nobody reads a stream that may be resumed. Only with resume_window. Default:
+    CONTINUE.
     """
     @property
     def prompt(self) -> Global___Prompt:
@@ -219,9 +260,9 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def resume_window(self) -> google.protobuf.duration_pb2.Duration:
-        """How long the stream may be resumed: from when its reader went away, and from its end. Until then the generation goes
-        on without a reader. Above 0 to a day, and cut to the worker's --max-resume-seconds; `started` tells what holds. Unset: the
-        generation ends with its call, and nothing of it is kept.
+        """How long the stream may be resumed: from when its reader went away, and from its end. What becomes of the generation
+        meanwhile is while_unread's to say. Above 0 to a day, and cut to the worker's --max-resume-seconds; `started` tells
+        what holds. Unset: the generation ends with its call, and nothing of it is kept.
         """
 
     @property
@@ -264,9 +305,10 @@ class GenerateRequest(google.protobuf.message.Message):
         annotation: builtins.bytes | None = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         is_continuable: builtins.bool | None = ...,
+        while_unread: Global___WhileUnread.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_is_continuable", b"_is_continuable", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "is_continuable", b"is_continuable", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_is_continuable", b"_is_continuable", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "is_continuable", b"is_continuable", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_is_continuable", b"_is_continuable", "_model", b"_model", "_n", b"_n", "_priority", b"_priority", "_request_id", b"_request_id", "_resume_tag", b"_resume_tag", "annotation", b"annotation", "caller", b"caller", "constraint", b"constraint", "continuation", b"continuation", "is_continuable", b"is_continuable", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "resume_tag", b"resume_tag", "resume_window", b"resume_window", "sampling", b"sampling", "source", b"source", "stopping", b"stopping", "timeout", b"timeout", "while_unread", b"while_unread"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
     @typing.overload
@@ -989,6 +1031,7 @@ class Started(google.protobuf.message.Message):
     RESUME_WINDOW_FIELD_NUMBER: builtins.int
     ANNOTATION_FIELD_NUMBER: builtins.int
     IS_CONTINUABLE_FIELD_NUMBER: builtins.int
+    WHILE_UNREAD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id, given or made."""
     model: builtins.str
@@ -1013,6 +1056,8 @@ class Started(google.protobuf.message.Message):
     """GenerateRequest.annotation, where a Resume reads it."""
     is_continuable: builtins.bool
     """Whether another worker of this kind can go on with the stream; only if the request has is_continuable."""
+    while_unread: Global___WhileUnread.ValueType
+    """What becomes of the generation while nobody reads it. Set with resume_id."""
     @property
     def sampling(self) -> Global___Sampling:
         """The sampling parameters in effect, every field set."""
@@ -1041,9 +1086,10 @@ class Started(google.protobuf.message.Message):
         resume_window: google.protobuf.duration_pb2.Duration | None = ...,
         annotation: builtins.bytes | None = ...,
         is_continuable: builtins.bool = ...,
+        while_unread: Global___WhileUnread.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "created_at", b"created_at", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "is_continuable", b"is_continuable", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_annotation", b"_annotation", "_resume_id", b"_resume_id", "annotation", b"annotation", "cached_tokens", b"cached_tokens", "created_at", b"created_at", "is_continuable", b"is_continuable", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "resume_id", b"resume_id", "resume_window", b"resume_window", "sampling", b"sampling", "while_unread", b"while_unread"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_annotation", b"_annotation"]) -> typing.Literal["annotation"] | None: ...
     @typing.overload

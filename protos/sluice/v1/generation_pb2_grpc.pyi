@@ -191,8 +191,8 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     """Streams one generation: `started`, then any number of `delta`, then one `finished` for each choice.
 
     Cancelling the call (or losing the connection, or passing the deadline) stops the generation within one engine
-    step and frees its memory; with a resume_window only when that has passed and nobody came back, or at the deadline
-    of the call that began it.
+    step and frees its memory; with a resume_window and WHILE_UNREAD_CONTINUE only when that has passed and nobody came
+    back, or at the deadline of the call that began it.
 
     Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model; a
     stream to resume that is unknown here, expired or another key's), OUT_OF_RANGE (messages to resume that are no
@@ -260,8 +260,8 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         """Streams one generation: `started`, then any number of `delta`, then one `finished` for each choice.
 
         Cancelling the call (or losing the connection, or passing the deadline) stops the generation within one engine
-        step and frees its memory; with a resume_window only when that has passed and nobody came back, or at the deadline
-        of the call that began it.
+        step and frees its memory; with a resume_window and WHILE_UNREAD_CONTINUE only when that has passed and nobody came
+        back, or at the deadline of the call that began it.
 
         Errors: INVALID_ARGUMENT (a bad field), UNIMPLEMENTED (a field of a later version), NOT_FOUND (another model; a
         stream to resume that is unknown here, expired or another key's), OUT_OF_RANGE (messages to resume that are no

@@ -56,6 +56,18 @@ async function until(condition) {
 const text = (message) =>
   (message?.parts ?? []).map((part) => (part.type === 'text' ? part.text : '')).join('');
 
+// The page with an answer under way.
+let open = null;
+
+async function begin({ turn, ...given }) {
+  const seen = await page(given);
+  open = { seen };
+  await act(async () => {
+    open.sending = seen.now.sendMessage({ text: turn });
+  });
+  await until(() => seen.now.messages.length > 1 && text(seen.now.messages.at(-1)));
+}
+
 await serve({
   // One conversation; each turn is sent when the one before it has its answer.
   async chat({ turns, ...given }) {
@@ -94,38 +106,33 @@ await serve({
   },
 
   // The stop button, after the first text.
-  async stop({ turn, ...given }) {
-    const seen = await page(given);
-    let sending;
+  async stop(given) {
+    await begin(given);
     await act(async () => {
-      sending = seen.now.sendMessage({ text: turn });
+      await open.seen.now.stop();
+      await open.sending;
     });
-    await until(() => text(seen.now.messages.at(-1)) && seen.now.messages.at(-1).role === 'assistant');
-    await act(async () => {
-      await seen.now.stop();
-      await sending;
-    });
-    return shown(seen);
+    return shown(open.seen);
   },
 
-  // The page is left within the answer; another one of the same chat has what was asked, and resumes.
-  async reload({ turn, ...given }) {
-    const left = await page(given);
-    let sending;
-    await act(async () => {
-      sending = left.now.sendMessage({ text: turn });
-    });
-    await until(() => left.now.messages.length > 1 && text(left.now.messages[1]));
-    await act(async () => {
-      await left.now.stop();
-      await sending;
-    });
-    const before = shown(left);
-    await act(async () => left.root.unmount());
-    const messages = before.messages.slice(0, 1);
-    const back = await page({ ...given, id: before.id, messages, resume: true });
+  // An answer up to its first text; the page stays open.
+  async begin(given) {
+    await begin(given);
+    return shown(open.seen);
+  },
+
+  // That page, once its answer is over or lost.
+  async end() {
+    await act(async () => open.sending);
+    return shown(open.seen);
+  },
+
+  // The page is loaded again: it has what was asked, and resumes.
+  async reload({ id, messages, ...given }) {
+    await act(async () => open.seen.root.unmount());
+    const back = await page({ ...given, id, messages: messages.slice(0, 1), resume: true });
     await until(() => back.finished.length > 0 || back.now.error);
-    return { before, after: shown(back) };
+    return shown(back);
   },
 
   // What useCompletion makes of a prompt.

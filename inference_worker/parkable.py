@@ -1,0 +1,146 @@
+"""A generation that may stop while nobody reads: what it has given so far, and how to get the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Final, Protocol
+
+from inference_worker.deadline import deadline_of
+from inference_worker.delivered_choices import DeliveredChoices
+from inference_worker.engine.event import FinishReason
+from inference_worker.registry import Registry
+from protos.sluice.v1 import generation_pb2 as pb
+
+Messages = AsyncGenerator[pb.GenerateResponse, None]
+
+_LEAST_SECONDS: Final = 0.001
+
+
+class Generate(Protocol):
+    """Runs a request, or the rest of it. The deadline is its call's, in time.monotonic's seconds."""
+
+    def __call__(
+        self,
+        message: pb.GenerateRequest,
+        deadline: float | None,
+        parkable: Parkable | None,
+        /,
+    ) -> Messages:
+        """Its messages."""
+        ...
+
+
+class Parkable:
+    """One request, generated in as many parts as it takes. Used from the event loop only.
+
+    Between two parts it is parked: it has nothing in the engine and no place in admission, but keeps its id. The next
+    part goes on after the messages that were taken.
+    """
+
+    def __init__(
+        self,
+        request: pb.GenerateRequest,
+        call_deadline: float | None,
+        generate: Generate,
+        registry: Registry,
+    ) -> None:
+        """`call_deadline` is that of the call that begins it. Raises: InvalidField, for its timeout."""
+        self._request = pb.GenerateRequest()
+        self._request.CopyFrom(request)
+        self._call_deadline = call_deadline  # of the first part
+        self._deadline = deadline_of(request, call_deadline, time.monotonic())
+        self._seconds_left: float | None = None  # once parked; the clock stands still then
+        self._generate = generate
+        self._registry = registry
+        self._given = DeliveredChoices(request.continuation.choices)
+        self._started: pb.Started | None = None
+        self.is_whole = False  # all of its messages were given
+        self.on_end: Callable[[FinishReason], bool] = lambda _: False  # of a parked one
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether its header was given."""
+        return self._started is not None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it was parked when its time was over."""
+        return self._seconds_left == 0.0
+
+    def messages(self) -> Messages:
+        """The first part, or what is left, with a header of its own. Raises, once iterated: SluiceError."""
+        if self._started is not None:
+            self._continue(self._started)
+        return self._generate(self._request, self._call_deadline, self)
+
+    def take(self, message: pb.GenerateResponse) -> None:
+        """Count a message as given; a later part's header is none."""
+        match message.WhichOneof("event"):
+            case "started":
+                self._started = pb.Started()
+                self._started.CopyFrom(message.started)
+                self._request.request_id = message.started.request_id
+            case "finished":
+                self.is_whole = message.finished.HasField("usage")
+            case _:
+                pass
+        self._given.add(message)
+
+    def park(self) -> None:
+        """Stop the clock, and keep the id. Whoever reads `messages` leaves them."""
+        if self._deadline is not None:
+            self._seconds_left = max(0.0, self._deadline - time.monotonic())
+        request = self._request
+        self._registry.park(request.request_id, self, request.caller.key_id)
+
+    def forget(self) -> None:
+        """It does not go on."""
+        self._registry.forget_parked(self._request.request_id, self)
+
+    def end(self, reason: FinishReason) -> bool:
+        """End it while it is parked. False: it is not."""
+        return self.on_end(reason)
+
+    def footers(self, reason: FinishReason) -> Iterator[pb.GenerateResponse]:
+        """The last messages of one that does not go on."""
+        started = self._started or pb.Started()
+        given = {choice.choice_index: choice for choice in self._given}
+        nothing = pb.DeliveredChoice()
+        num_tokens = [
+            choice.completion_tokens or len(choice.token_ids)
+            for choice in (given.get(index, nothing) for index in range(started.n))
+        ]
+        running = [
+            index
+            for index in range(started.n)
+            if not given.get(index, nothing).HasField("completion_tokens")
+        ]
+        for index in running:
+            message = pb.GenerateResponse()
+            finished = message.finished
+            finished.choice_index = index
+            finished.finish_reason = pb.FinishReason.Value(f"FINISH_REASON_{reason.name}")
+            finished.completion_tokens = num_tokens[index]
+            if index == running[-1]:
+                finished.usage.prompt_tokens = started.prompt_tokens
+                finished.usage.cached_tokens = started.cached_tokens
+                finished.usage.completion_tokens = sum(num_tokens)
+                finished.timings.SetInParent()
+            yield message
+
+    def _continue(self, started: pb.Started) -> None:
+        """Make the request one for what is missing, and let the clock go on. What was resolved for it still holds."""
+        request = self._request
+        request.request_id = started.request_id
+        request.sampling.CopyFrom(started.sampling)
+        request.stopping.max_tokens = started.max_tokens
+        request.n = started.n
+        request.continuation.Clear()
+        request.continuation.choices.extend(self._given)
+        request.continuation.SetInParent()
+        self._call_deadline = None
+        if self._seconds_left is not None:
+            seconds = max(self._seconds_left, _LEAST_SECONDS)
+            request.timeout.FromNanoseconds(round(seconds * 1e9))
+            self._deadline = time.monotonic() + seconds

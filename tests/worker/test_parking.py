@@ -1,0 +1,347 @@
+"""Streams whose generation is parked while nobody reads: memory free at once, and the rest exactly what it would be."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+
+from inference_worker import parkable
+from inference_worker.served_model import ServedModel
+from protos.sluice.v1 import generation_pb2 as pb
+from tests.metrics_text import Scrape
+from tests.worker.served_worker import (
+    Call,
+    ServedWorker,
+    generate_request,
+    read_rest,
+    read_until,
+    reasons,
+    refusal_of,
+    serve,
+    serve_script,
+)
+from tests.worker.stream_record import StreamRecord
+from tests.worker.test_continuation import (
+    MODELS,
+    Stops,
+    assert_same,
+    requests,
+    serve_embedded,
+    serve_random,
+    stops,
+    tiny_llama,
+)
+from tests.worker.test_resume import ENDLESS, SLOW, begin, numbers, resume, window
+
+PATIENCE = 60  # seconds; a park takes one step
+
+
+def parking(seconds: float = 60, **fields: Any) -> pb.GenerateRequest:
+    return generate_request(
+        resume_window=window(seconds), while_unread=pb.WHILE_UNREAD_PARK, **fields
+    )
+
+
+def scrape(worker: ServedWorker) -> Scrape:
+    return Scrape(generate_latest(worker.worker.metrics.registry).decode())
+
+
+def num_parked(worker: ServedWorker) -> int:
+    return int(scrape(worker)("sluice_parked_streams"))
+
+
+async def parked(worker: ServedWorker, call: Call, count: int = 1) -> None:
+    """Leave the call, and wait until its generation has left the engine: no slot, no block, no place."""
+    call.cancel()
+    await worker.wait_idle()
+    assert num_parked(worker) == count
+
+
+async def test_who_goes_away_frees_the_memory_and_finds_the_rest() -> None:
+    wanted: dict[str, Any] = {"n": 2, "max_tokens": 60, "output": pb.Output(logprobs=2, echo=True)}
+    async with serve_script(**SLOW) as worker:
+        uncut = StreamRecord().add(await worker.generate(**wanted))
+        for cuts in (1, 3):
+            call = worker.stub.Generate(parking(request_id="one", **wanted))
+            read = await read_until(call, "started")
+            assert read[0].started.while_unread == pb.WHILE_UNREAD_PARK
+            for _ in range(cuts):
+                read += await read_until(call, "delta")
+                await parked(worker, call)
+                call = resume(worker, read[0].started.resume_id, read[-1].sequence_number)
+            read += await read_rest(call)
+            assert numbers(read) == list(range(len(read)))
+            assert_same(StreamRecord().add(read), uncut)
+            assert read[-1].finished.usage.completion_tokens == 120
+            assert num_parked(worker) == 0
+            again = await read_rest(resume(worker, read[0].started.resume_id))
+            assert again == read, "the same messages under the same numbers"
+        metrics = scrape(worker)
+        assert metrics.total("sluice_cancel_seconds_count") == 4, "one for each time"
+        assert metrics("sluice_request_seconds_count", outcome="disconnected") == 4
+
+
+@pytest.mark.parametrize("mode", pb.WhileUnread.values())
+async def test_otherwise_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, mode: pb.WhileUnread.ValueType
+) -> None:
+    if mode == pb.WHILE_UNREAD_PARK:  # of an engine that would begin anew
+        monkeypatch.setattr(ServedModel, "takes_continuations", False)
+    async with serve_script() as worker:
+        request = generate_request(resume_window=window(), max_tokens=500, while_unread=mode)
+        call = worker.stub.Generate(request)
+        started = await begin(call)
+        assert started.while_unread == pb.WHILE_UNREAD_CONTINUE
+        call.cancel()
+        await worker.wait_idle()  # it ended without a reader
+        assert num_parked(worker) == 0
+        snapshot = await read_rest(resume(worker, started.resume_id, 0, snapshot=True))
+        assert reasons(snapshot) == ["LENGTH"]
+
+
+async def test_a_snapshot_leaves_it_parked() -> None:
+    async with serve_script(**SLOW) as worker:
+        call = worker.stub.Generate(parking(**ENDLESS))
+        read = await read_until(call, "delta")
+        await parked(worker, call)
+        name = read[0].started.resume_id
+        snapshot = await read_rest(resume(worker, name, snapshot=True))
+        assert [each.WhichOneof("event") for each in snapshot[:2]] == ["started", "delta"]
+        assert num_parked(worker) == 1
+        await worker.wait_idle()
+
+
+async def test_a_window_that_passes_leaves_nothing() -> None:
+    async with serve_script(**SLOW) as worker:
+        call = worker.stub.Generate(parking(0.05, request_id="one", **ENDLESS))
+        started = await begin(call)
+        call.cancel()
+        async with asyncio.timeout(PATIENCE):
+            while worker.worker.num_kept != (0, 0):
+                await asyncio.sleep(0.01)
+        assert (await refusal_of(resume(worker, started.resume_id))).code is (
+            grpc.StatusCode.NOT_FOUND
+        )
+        await worker.generate(request_id="one")  # which is free again
+
+
+async def test_it_keeps_its_id_and_can_be_aborted() -> None:
+    async def abort(**fields: Any) -> pb.AbortOutcome.ValueType:
+        return (await worker.stub.Abort(pb.AbortRequest(**fields))).outcome
+
+    async with serve_script(**SLOW) as worker:
+        for by_name in (False, True):
+            caller = pb.Caller(key_id="alice")
+            call = worker.stub.Generate(parking(request_id="one", caller=caller, n=2, **ENDLESS))
+            read = await read_until(call, "delta")
+            await parked(worker, call)
+            taken = worker.stub.Generate(generate_request(request_id="one"))
+            assert (await refusal_of(taken)).code is grpc.StatusCode.ALREADY_EXISTS
+            name = read[0].started.resume_id
+            named = {"resume_id": name} if by_name else {"request_id": "one"}
+            assert await abort(key_id="bob", **named) == pb.ABORT_OUTCOME_UNKNOWN
+            assert await abort(key_id="alice", **named) == pb.ABORT_OUTCOME_ABORTED
+            assert await abort(key_id="alice", **named) == pb.ABORT_OUTCOME_ALREADY_FINISHED
+            assert num_parked(worker) == 0
+            whole = await read_rest(resume(worker, name, key="alice"))
+            assert numbers(whole) == list(range(len(whole)))
+            assert reasons(whole) == ["CANCELLED"] * 2
+            counts = [each.finished.completion_tokens for each in whole[-2:]]
+            assert whole[-1].finished.usage.completion_tokens == sum(counts) > 0
+            assert await abort(resume_id=name, forget=True)
+            assert (await refusal_of(resume(worker, name, key="alice"))).code is (
+                grpc.StatusCode.NOT_FOUND
+            )
+
+
+async def test_what_finds_no_place_again_stays_parked() -> None:
+    async with serve_script(max_running=1, max_waiting=1, **SLOW) as worker:
+        left = []
+        for count in range(1, 5):
+            call = worker.stub.Generate(parking(max_tokens=40))
+            left.append(await read_until(call, "delta"))
+            await parked(worker, call, count)
+        blocker = worker.stub.Generate(generate_request(**ENDLESS))
+        await read_until(blocker, "delta")
+        again = [(each[0].started.resume_id, each[-1].sequence_number) for each in left]
+        waiting = [resume(worker, *place) for place in again[:3]]
+        await worker.wait_for(waiting=3)
+        refused = resume(worker, *again[3])
+        refusal = await refusal_of(refused)
+        assert (refusal.code, refusal.info.reason) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "QUEUE_FULL",
+        )
+        assert refusal.has_retry
+        assert num_parked(worker) == 1
+        blocker.cancel()
+        for call in waiting:
+            assert reasons(await read_rest(call)) == ["LENGTH"]
+        read = left[3] + await read_rest(resume(worker, *again[3]))
+        assert numbers(read) == list(range(len(read)))
+        assert StreamRecord().add(read).choice(0).num_tokens == 40
+
+
+async def test_a_draining_worker_goes_on_with_what_it_began() -> None:
+    async with serve_script(**SLOW) as worker:
+        call = worker.stub.Generate(parking(max_tokens=40))
+        read = await read_until(call, "delta")
+        await parked(worker, call)
+        worker.worker.stop_admitting()
+        rest = resume(worker, read[0].started.resume_id, read[-1].sequence_number)
+        assert reasons(await read_rest(rest)) == ["LENGTH"]
+
+
+async def test_its_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(parkable, "time", clock)
+    async with serve_script(**SLOW) as worker:
+        call = worker.stub.Generate(parking(**ENDLESS), timeout=600)
+        read = await read_until(call, "delta")
+        await parked(worker, call)
+        now += 1000
+        call = resume(worker, read[0].started.resume_id, read[-1].sequence_number)
+        read += await read_until(call, "delta")
+        now += 1000  # and now it is over, though the engine has not noticed
+        await parked(worker, call)
+        call = resume(worker, read[0].started.resume_id, read[-1].sequence_number)
+        read += await read_rest(call)
+        assert numbers(read) == list(range(len(read)))
+        assert reasons(read) == ["DEADLINE"]
+        assert read[-1].finished.usage.completion_tokens == read[-1].finished.completion_tokens > 0
+
+
+async def test_token_ids_are_for_who_asked() -> None:
+    async with serve_script(**SLOW) as worker:
+        for output in (pb.Output(), pb.Output(token_ids=True)):
+            call = worker.stub.Generate(parking(max_tokens=40, output=output))
+            read = await read_until(call, "delta")
+            await parked(worker, call)
+            read += await read_rest(
+                resume(worker, read[0].started.resume_id, read[-1].sequence_number)
+            )
+            choice = StreamRecord().add(read).choice(0)
+            assert choice.num_tokens == 40
+            assert len(choice.token_ids) == (40 if output.token_ids else 0)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        generate_request(while_unread=pb.WHILE_UNREAD_PARK),
+        generate_request(while_unread=pb.WHILE_UNREAD_CONTINUE),
+        generate_request(while_unread=9, resume_window=window()),
+    ],
+)
+async def test_bad_fields_are_named(request_: pb.GenerateRequest) -> None:
+    async with serve_script() as worker:
+        refusal = await refusal_of(worker.stub.Generate(request_))
+        assert (refusal.code, refusal.field) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "while_unread",
+        )
+
+
+class Loop:
+    """A worker with a real model, whose steps take long enough for readers to leave between them."""
+
+    def __init__(self, name: str, runner: asyncio.Runner) -> None:
+        options = {"max_running": 4, "max_batch_tokens": 256}
+        if name == "random":
+            served, worker_settings = serve_random(tiny_llama(), **options)
+        else:
+            served, worker_settings = serve_embedded(**options)
+        launch = served.runner.launch
+
+        def launch_slowly(rows: Any) -> Any:
+            time.sleep(0.001)
+            return launch(rows)
+
+        served.runner.launch = launch_slowly  # type: ignore[method-assign]
+        self.run = runner.run
+        self.serving = serve(served, worker_settings)
+        self.worker = self.run(self.serving.__aenter__())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loop(request: pytest.FixtureRequest) -> Iterator[Loop]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with asyncio.Runner() as runner:
+        loop = Loop(request.param, runner)
+        yield loop
+        loop.run(loop.serving.__aexit__(None, None, None))
+    torch.set_num_threads(threads)
+
+
+async def read_in_parts(
+    worker: ServedWorker, request: pb.GenerateRequest, rng: random.Random
+) -> list[pb.GenerateResponse]:
+    """A stream whose reader leaves now and then, for a while or for no time at all."""
+    call, read = worker.stub.Generate(request), list[pb.GenerateResponse]()
+    while isinstance(message := await call.read(), pb.GenerateResponse):
+        read.append(message)
+        if rng.random() < 0.3:
+            call.cancel()
+            if rng.random() < 0.5:
+                await worker.wait_idle()
+            call = resume(worker, read[0].started.resume_id, message.sequence_number)
+    return read
+
+
+CONSTRAINTS = [None, None, pb.Constraint(regex="(ab|c)*[0-9]{9}"), pb.Constraint(regex="[^x]+")]
+
+
+def test_a_stream_that_is_left_anywhere_is_the_uncut_one(loop: Loop) -> None:
+    worker = loop.worker
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        request=requests,
+        stop=stops,
+        constraint=st.sampled_from(CONSTRAINTS),
+        others=st.lists(requests, max_size=1),
+        rng=st.randoms(use_true_random=False),
+    )
+    def check(
+        request: pb.GenerateRequest,
+        stop: Stops,
+        constraint: pb.Constraint | None,
+        others: list[pb.GenerateRequest],
+        rng: random.Random,
+    ) -> None:
+        async def run() -> None:
+            request.ClearField("is_continuable")  # whoever reads need not be able to
+            request.stopping.max_tokens *= 3
+            request.constraint.CopyFrom(constraint or pb.Constraint())
+            if constraint is None:
+                request.ClearField("constraint")
+            whole = [message async for message in worker.stub.Generate(request)]
+            stop.add_to(request, StreamRecord().add(whole))
+            uncut = [message async for message in worker.stub.Generate(request)]
+            request.resume_window.CopyFrom(window())
+            request.while_unread = pb.WHILE_UNREAD_PARK
+            crowd = [read_rest(worker.stub.Generate(other)) for other in others]
+            read, *_ = await asyncio.gather(read_in_parts(worker, request, rng), *crowd)
+            assert numbers(read) == list(range(len(read)))
+            assert_same(StreamRecord().add(read), StreamRecord().add(uncut))
+            await worker.wait_idle()
+
+        loop.run(run())
+
+    check()
+    metrics = scrape(worker)
+    assert metrics("sluice_resumes_total", outcome="resumed") > 0
+    assert metrics.total("sluice_cancel_seconds_count") > 0, "none was parked before its end"
