@@ -25,6 +25,10 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._is_closed = False
         self._watchers: set[asyncio.Event] = set()
 
+    @property
+    def is_serving(self) -> bool:
+        return bool(self._status == health_pb2.HealthCheckResponse.SERVING)
+
     def set_serving(self, is_serving: bool) -> None:
         """Change the state and tell the watchers."""
         response = health_pb2.HealthCheckResponse

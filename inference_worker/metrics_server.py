@@ -1,4 +1,4 @@
-"""Serves /metrics over HTTP, on threads of its own: it answers while the event loop is busy, and never holds it up."""
+"""Serves /metrics, /health and /ready over HTTP, on threads of its own, which never hold the event loop up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-PATH: Final = "/metrics"
+from inference_worker.probes import Probes
+
 # Scrapers are few and quick: whoever comes beyond these is closed, whoever takes longer is cut off.
 _MAX_CONNECTIONS: Final = 8
 _MAX_SECONDS: Final = 10.0
@@ -23,8 +24,9 @@ _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class MetricsServer:
     """Listens from `bind` on."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, probes: Probes) -> None:
         self._registry = registry
+        self._probes = probes
         self.port: int | None = None  # known once bound
 
     def bind(self, host: str, port: int) -> None:
@@ -33,9 +35,26 @@ class MetricsServer:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         server = _Server(family, (str(address[0]), int(address[1])))
-        server.set_app(_only_metrics(make_wsgi_app(self._registry)))
+        server.set_app(self._application())
         self.port = server.server_port
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+    def _application(self) -> _Application:
+        metrics = make_wsgi_app(self._registry)
+        probes = {"/health": self._probes.is_alive, "/ready": self._probes.is_ready}
+
+        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            path = environ["PATH_INFO"]
+            if path == "/metrics":
+                answered: Iterable[bytes] = metrics(environ, start_response)
+                return answered
+            status, text = "404 Not Found", "There are /metrics, /health and /ready."
+            if (probe := probes.get(path)) is not None:
+                status, text = ("200 OK", "yes") if probe() else ("503 Service Unavailable", "no")
+            start_response(status, [("content-type", "text/plain")])
+            return [f"{text}\n".encode()]
+
+        return answer
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -86,14 +105,3 @@ def _cut(request: socket.socket) -> None:
         request.shutdown(socket.SHUT_RDWR)
     except OSError:  # it ended meanwhile
         return
-
-
-def _only_metrics(application: Any) -> _Application:
-    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == PATH:
-            answered: Iterable[bytes] = application(environ, start_response)
-            return answered
-        start_response("404 Not Found", [("content-type", "text/plain")])
-        return [b"There is only /metrics.\n"]
-
-    return answer

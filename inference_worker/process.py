@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 from inference_worker.metrics import WorkerMetrics
 from inference_worker.metrics_server import MetricsServer
+from inference_worker.probes import Probes
 from inference_worker.request_log import configure_logging, flush_log, get_logger
 from inference_worker.served_model import Served
 from inference_worker.server import AddressUnusable, Server
@@ -62,7 +63,6 @@ class _Process:
         self._is_ready = False
         self._crashed = asyncio.Event()
         self._metrics = WorkerMetrics()
-        self._metrics_server = MetricsServer(self._metrics.registry)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -71,7 +71,7 @@ class _Process:
         server = Server(self._settings)
         try:
             server.bind()
-            self._serve_metrics()
+            metrics_port = self._serve_metrics(Probes(loop, lambda: server.is_serving))
         except AddressUnusable as error:
             print(f"{PROGRAM}: {error}", file=sys.stderr)
             return _EXIT_FAILURE
@@ -87,21 +87,23 @@ class _Process:
         gc.collect()
         gc.freeze()
         with worker.watch_engine(lambda error, stack: self._on_hang(worker, error, stack)):
-            self._tell_ready(server, served, worker)
+            self._tell_ready(server, served, worker, metrics_port)
             await self._stopping.wait()
             return await self._stop(server, worker)
 
-    def _serve_metrics(self) -> None:
-        """From now on: how the loading goes is worth knowing too. Raises: AddressUnusable."""
+    def _serve_metrics(self, probes: Probes) -> int | None:
+        """From now on, on this port: how the loading goes is worth knowing too. Raises: AddressUnusable."""
         host, port = self._settings.metrics_host, self._settings.metrics_port
         if port is None:
-            return
+            return None
+        metrics_server = MetricsServer(self._metrics.registry, probes)
         try:
-            self._metrics_server.bind(host, port)
+            metrics_server.bind(host, port)
         except OSError as error:
             raise AddressUnusable(
                 f"cannot listen on {host} port {port} for metrics: {error.strerror}"
             ) from error
+        return metrics_server.port
 
     async def _load(self) -> Served | None:
         """Load on a thread, so that signals are heard meanwhile."""
@@ -119,11 +121,13 @@ class _Process:
         log.info("loaded", model=served.info.name, seconds=round(time.monotonic() - began, 3))
         return served
 
-    def _tell_ready(self, server: Server, served: Served, worker: Worker) -> None:
+    def _tell_ready(
+        self, server: Server, served: Served, worker: Worker, metrics_port: int | None
+    ) -> None:
         get_logger().info(
             "ready",
             address=server.address,
-            metrics_port=self._metrics_server.port,
+            metrics_port=metrics_port,
             model=served.info.name,
             aliases=self._settings.model_aliases,
             context_length=worker.context_length,

@@ -68,6 +68,11 @@ class Server:
         await self._server.start()
         self._health.set_serving(True)
 
+    @property
+    def is_serving(self) -> bool:
+        """What health checks are told."""
+        return self._health.is_serving
+
     def set_not_serving(self) -> None:
         """Tell health checks that no new work should come."""
         self._health.set_serving(False)

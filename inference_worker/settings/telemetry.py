@@ -16,8 +16,8 @@ class TelemetrySettings(SettingGroup):
         None,
         ge=0,
         le=65535,
-        description="TCP port where Prometheus finds /metrics over HTTP; 0 takes a free one and tells it in the ready "
-        "line. Unset: nowhere.",
+        description="TCP port of /metrics, /health and /ready over HTTP, without TLS; 0 takes a free one and tells it "
+        "in the ready line. Unset: nowhere.",
         json_schema_extra=unit("port"),
     )
     metrics_host: str = Field(

@@ -96,14 +96,27 @@ def test_settings_of_the_containers_are_valid(
 
 
 @services
+def test_secrets_are_where_the_settings_look_for_them(service: str) -> None:
+    part = compose("compose.secure.yaml")["services"][service]
+    fields = SETTINGS[service].model_fields
+    prefix = f"SLUICE_{service.upper()}_"
+    assert all(name.removeprefix(prefix).lower() in fields for name in part["environment"])
+    files = {value for value in part["environment"].values() if value.startswith("/")}
+    assert files == {f"/run/secrets/{name}" for name in part["secrets"]}
+    assert set(part["secrets"]) <= compose("compose.secure.yaml")["secrets"].keys()
+
+
+@services
 def test_ports_agree(monkeypatch: pytest.MonkeyPatch, service: str) -> None:
     settings = container_settings(monkeypatch, service, "compose.yaml")
     (published,) = compose("compose.yaml")["services"][service]["ports"]
     assert published.rsplit(":", 1)[1] == str(settings["port"])
-    assert argument_of(stages(service)[-1], "EXPOSE") == str(settings["port"])
+    asked = {"worker": "metrics_port", "edge": "port"}[service]  # by the health check
+    exposed = argument_of(stages(service)[-1], "EXPOSE").split()
+    assert exposed == list(dict.fromkeys((str(settings["port"]), str(settings[asked]))))
     health = argument_of(stages(service)[-1], "HEALTHCHECK")
-    assert f"environ.get('SLUICE_{service.upper()}_PORT')" in health
-    assert str(settings["port"]) in health
+    assert f"environ.get('SLUICE_{service.upper()}_{asked.upper()}')" in health
+    assert f" or {settings[asked]};" in health
 
 
 def test_edge_finds_the_worker_and_the_host_alone_reaches_it(
@@ -131,6 +144,7 @@ def test_containers_may_do_nothing_that_they_need_not(service: str) -> None:
     merged = compose("compose.yaml")["services"][service] | compose("compose.gpu.yaml")[
         "services"
     ].get(service, {})
+    merged |= compose("compose.secure.yaml")["services"][service]
     assert merged["read_only"] is True
     assert merged["cap_drop"] == ["ALL"]
     assert merged["security_opt"] == ["no-new-privileges:true"]
@@ -185,7 +199,11 @@ def test_builder_is_sent_what_it_copies(service: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["Dockerfile.worker", "Dockerfile.edge", "compose.yaml", "compose.gpu.yaml"]
+    "file",
+    [
+        *("Dockerfile.worker", "Dockerfile.edge"),
+        *("compose.yaml", "compose.gpu.yaml", "compose.secure.yaml"),
+    ],
 )
 def test_no_registry_or_index_is_named(file: str) -> None:
     text = (ROOT / file).read_text()

@@ -171,6 +171,7 @@ async def test_a_process_serves_what_the_readme_lists_and_strangers_hold_nobody_
         info = {"model": "sluice-tiny", "architecture": "Script", "dtype": "none", "device": "none"}
         assert scrape("sluice_model_info", **info) == 1
         assert scrape("sluice_kv_blocks") == 600
+        assert await get(port, "/health") == await get(port, "/ready") == "yes\n"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             await get(port, "/other")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import signal
 import socket
 import subprocess
@@ -61,16 +63,33 @@ async def test_a_signal_drains(number: signal.Signals, tmp_path: Path) -> None:
         assert await worker.process.stderr.read() == b""  # type: ignore[union-attr]
 
 
+async def http_statuses(port: int, *paths: str) -> list[int]:
+    """What the port of the metrics answers."""
+
+    def ask(path: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().status
+
+    return [await asyncio.to_thread(ask, path) for path in paths]
+
+
 async def test_health_says_so_before_work_is_refused() -> None:
     async with (
-        ready_worker("--step-milliseconds", "10", "--unready-seconds", "600") as worker,
+        ready_worker(
+            *("--step-milliseconds", "10", "--unready-seconds", "600", "--metrics-port", "0")
+        ) as worker,
         grpc.aio.insecure_channel(worker.address) as channel,
     ):
+        port = worker.lines[-1]["metrics_port"]
+        assert await http_statuses(port, "/health", "/ready") == [200, 200]
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         worker.send(signal.SIGTERM)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await http_statuses(port, "/health", "/ready") == [200, 503]
         assert reasons(await read_rest(stub.Generate(generate_request()))) == ["LENGTH"]
         assert not (await stub.GetLoad(pb.GetLoadRequest())).is_draining
         worker.send(signal.SIGTERM)  # the second one
