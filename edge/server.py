@@ -243,10 +243,13 @@ def _config(
         limits = ConnectionLimits.of(settings)
         addresses = Addresses(settings.max_connections_per_address)
 
+    class WebSocketProtocol(SocketProtocol):
+        max_fragments = settings.max_socket_fragments
+
     return uvicorn.Config(
         app,
         http=Protocol,
-        ws=SocketProtocol,
+        ws=WebSocketProtocol,
         ws_max_size=settings.max_body_bytes,
         ws_ping_interval=settings.heartbeat_seconds,
         ws_ping_timeout=None,  # see SocketProtocol

@@ -306,7 +306,13 @@ class EdgeSettings(BaseSettings):
         description="Largest gRPC message from or to the worker.",
         json_schema_extra=unit("bytes"),
     )
-
+    max_socket_fragments: int = Field(
+        1024,
+        ge=1,
+        le=2**20,
+        description="Most pieces of one WebSocket message, however small they are.",
+        json_schema_extra=unit("pieces"),
+    )
     socket_idle_seconds: float = Field(
         300,
         gt=0,

@@ -1,15 +1,12 @@
 """uvicorn's WebSocket protocol, with the limits that hold for every other connection."""
 
-from typing import Any, Final
+from typing import Any, ClassVar
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request
 
 from edge.protocol import EXTENSION, Connection
-
-# Pieces of one message. Its size is limited by its bytes, of which a piece need not have any.
-MAX_FRAGMENTS: Final = 1024
 
 
 class SocketProtocol(WebSocketsSansIOProtocol):
@@ -19,6 +16,8 @@ class SocketProtocol(WebSocketsSansIOProtocol):
     answer in time: a reader who is merely slow has them behind all that is yet to be read.
     """
 
+    # Pieces of one message, whose size is limited by its bytes, of which a piece need not have any.
+    max_fragments: ClassVar[int]
     # Set by the HTTP protocol, whose connection it was.
     connection: Connection
 
@@ -51,7 +50,7 @@ class SocketProtocol(WebSocketsSansIOProtocol):
 
     def handle_cont(self, event: Frame) -> None:
         """Takes a piece of a message."""
-        if len(self.frames) >= MAX_FRAGMENTS:
+        if len(self.frames) >= self.max_fragments:
             self.conn.fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
             self.handle_parser_exception()
         else:

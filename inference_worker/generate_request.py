@@ -182,7 +182,9 @@ def _read_constraint(
     if not tools.is_required:
         if not message.HasField("constraint"):
             return None
-        return read_constraint(message.constraint, limits.max_grammar_bytes)
+        return read_constraint(
+            message.constraint, limits.max_grammar_bytes, limits.counts.max_grammar_texts
+        )
     if message.HasField("constraint"):
         raise InvalidField("constraint", "not together with a call that is required")
     path = "prompt.chat.tools"

@@ -23,6 +23,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 _RESUME_ID: Final = re.compile(r"rs_[0-9a-f]{48}")
 _MAX_WINDOW_SECONDS: Final = 86_400  # longer ones are a mistake in the unit
+# The contract's, which its callers count on: a name, and what it stands for. How much memory may go for annotations is
+# --replay-bytes' and --replay-total-bytes' to say.
 _MAX_TAG_CHARS: Final = 256
 _MAX_ANNOTATION_BYTES: Final = 1024 * 1024
 

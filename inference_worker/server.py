@@ -31,7 +31,9 @@ class Server:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._server = grpc.aio.server(options=_options(settings))
+        self._server = grpc.aio.server(
+            options=_options(settings), maximum_concurrent_rpcs=settings.max_calls
+        )
         self._names = [SERVICE_NAME]
         if settings.vllm_engine:
             self._names.append(VLLM_SERVICE_NAME)
@@ -122,6 +124,11 @@ def _options(settings: WorkerSettings) -> list[tuple[str, Any]]:
         ("grpc.so_reuseport", 0),  # a second worker on the same port is a mistake, not a pool
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", round(settings.handshake_seconds * 1000)),
+        # Until a client has acknowledged the server's settings, gRPC holds it to none of them.
+        ("grpc.http2.settings_timeout", round(settings.handshake_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", round(settings.connection_idle_seconds * 1000)),
         ("grpc.max_concurrent_streams", settings.max_streams),
         # both: from the first on gRPC refuses some calls at random
         ("grpc.max_metadata_size", settings.max_metadata_bytes),

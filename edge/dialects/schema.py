@@ -41,6 +41,7 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 
 # Far above what any model here has; each field beyond those it has is an error of its own.
 MAX_FIELDS = 64
+# The contract's; a worker may be set to fewer.
 MAX_LOGIT_BIASES = 1024
 _MAX_SHOWN_PATH = 128
 

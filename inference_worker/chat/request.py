@@ -16,7 +16,6 @@ from inference_worker.errors import InvalidField
 from inference_worker.field_rules import check_count, refuse_unknown_fields
 from protos.sluice.v1 import generation_pb2 as pb
 
-_MAX_TEMPLATE_ARGUMENTS: Final = 32
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _ARGUMENT_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _NO_ARGUMENTS: Final[dict[str, Any]] = {
@@ -64,11 +63,7 @@ def check_chat(
         _check_message(message, f"{path}.messages[{index}]", limits)
     _check_tools(chat, path, chat_format, limits)
     _check_choice(chat, path)
-    arguments = chat.template_arguments.fields
-    check_count(f"{path}.template_arguments", len(arguments), _MAX_TEMPLATE_ARGUMENTS, "arguments")
-    for name in arguments:
-        if not _ARGUMENT_NAME.fullmatch(name):
-            raise InvalidField(f"{path}.template_arguments", "names must be identifiers")
+    _check_arguments(chat.template_arguments, f"{path}.template_arguments", limits)
 
 
 def read_tools(chat: pb.Chat, path: str) -> Tools:
@@ -101,6 +96,14 @@ def render(chat: pb.Chat, path: str) -> RenderedChat:
         arguments=_rendered_arguments(chat.template_arguments, f"{path}.template_arguments")
         or None,
     )
+
+
+def _check_arguments(arguments: struct_pb2.Struct, path: str, limits: CountLimits) -> None:
+    check_count(path, len(arguments.fields), limits.max_template_arguments, "arguments")
+    check_count(path, arguments.ByteSize(), limits.max_template_bytes, "bytes")
+    for name in arguments.fields:
+        if not _ARGUMENT_NAME.fullmatch(name):
+            raise InvalidField(path, "names must be identifiers")
 
 
 def _check_message(message: pb.ChatMessage, path: str, limits: CountLimits) -> None:

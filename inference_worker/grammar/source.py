@@ -13,7 +13,6 @@ from protos.sluice.v1 import generation_pb2 as pb
 Kind = Literal["json_schema", "regex", "choice", "lark"]
 
 _PATH: Final = "constraint"
-_MAX_CHOICES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +31,9 @@ class GrammarSource:
         return self.path or f"{_PATH}.{self.kind}"
 
 
-def read_constraint(message: pb.Constraint, max_bytes: int) -> GrammarSource:
-    """Check what is cheap to check; whether it compiles is the compiler's to say. At most `max_bytes` of text.
+def read_constraint(message: pb.Constraint, max_bytes: int, max_texts: int) -> GrammarSource:
+    """Check what is cheap to check; whether it compiles is the compiler's to say. At most `max_bytes` of text,
+    and `max_texts` to choose from.
 
     Raises: InvalidField, UnsupportedField.
     """
@@ -46,7 +46,7 @@ def read_constraint(message: pb.Constraint, max_bytes: int) -> GrammarSource:
         case "lark":
             source = GrammarSource("lark", message.lark)
         case "choice":
-            return _read_choice(message.choice, max_bytes)
+            return _read_choice(message.choice, max_bytes, max_texts)
         case _:
             raise InvalidField(_PATH, "set one of json_schema, regex, choice and lark")
     if not source.text.strip():
@@ -55,12 +55,12 @@ def read_constraint(message: pb.Constraint, max_bytes: int) -> GrammarSource:
     return source
 
 
-def _read_choice(message: pb.ChoiceList, max_bytes: int) -> GrammarSource:
+def _read_choice(message: pb.ChoiceList, max_bytes: int, max_texts: int) -> GrammarSource:
     path = f"{_PATH}.choice"
     refuse_unknown_fields(message, path)
     if not message.texts:
         raise InvalidField(f"{path}.texts", "is empty")
-    check_count(f"{path}.texts", len(message.texts), _MAX_CHOICES, "texts")
+    check_count(f"{path}.texts", len(message.texts), max_texts, "texts")
     for index, text in enumerate(message.texts):
         if not text:
             raise InvalidField(f"{path}.texts[{index}]", "is empty")

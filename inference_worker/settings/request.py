@@ -59,6 +59,20 @@ class RequestSettings(SettingGroup):
         description="Longest description of all of a chat's functions together, their schemas included.",
         json_schema_extra=unit("bytes"),
     )
+    max_template_arguments: int = Field(
+        CONTRACT.max_template_arguments,
+        ge=0,
+        le=CONTRACT.max_template_arguments,
+        description="Most variables that one chat may give its template.",
+        json_schema_extra=unit("variables"),
+    )
+    max_template_bytes: int = Field(
+        CONTRACT.max_template_bytes,
+        ge=0,
+        le=CONTRACT.max_template_bytes,
+        description="Longest such variables of a chat, all together.",
+        json_schema_extra=unit("bytes"),
+    )
     max_stop_sequences: int = Field(
         CONTRACT.max_stop_sequences,
         ge=0,
@@ -99,6 +113,13 @@ class RequestSettings(SettingGroup):
         ge=1,
         description="Longest JSON schema, regex or grammar of a constraint; of a choice, all its texts together.",
         json_schema_extra=unit("bytes"),
+    )
+    max_grammar_texts: int = Field(
+        CONTRACT.max_grammar_texts,
+        ge=1,
+        le=CONTRACT.max_grammar_texts,
+        description="Most texts of a constraint that is a choice of texts.",
+        json_schema_extra=unit("texts"),
     )
     grammar_seconds: float = Field(
         1,

@@ -56,6 +56,21 @@ class ServerSettings(SettingGroup):
         description="Largest message received or sent.",
         json_schema_extra=unit("bytes"),
     )
+    max_connections: int = Field(
+        512,
+        ge=1,
+        le=65536,
+        description="Most open connections; more are closed before a word is exchanged. Each takes an open"
+        " file.",
+        json_schema_extra=unit("connections"),
+    )
+    max_calls: int = Field(
+        16384,
+        ge=1,
+        le=2**31 - 1,
+        description="Most calls at once on all connections together, health watches among them; more are refused.",
+        json_schema_extra=unit("calls"),
+    )
     max_streams: int = Field(
         4096,
         ge=1,
@@ -69,6 +84,22 @@ class ServerSettings(SettingGroup):
         le=2**24,
         description="Most metadata of one call; a call with more is refused.",
         json_schema_extra=unit("bytes"),
+    )
+    handshake_seconds: float = Field(
+        10,
+        gt=0,
+        le=3600,
+        description="Time that a new connection may take until it speaks TLS, if that is set, and HTTP/2 by the "
+        "server's rules.",
+        json_schema_extra=unit("seconds"),
+    )
+    connection_idle_seconds: float = Field(
+        600,
+        gt=0,
+        le=86_400,
+        description="A connection without a call for so long is closed; clients of gRPC open another when they "
+        "need it.",
+        json_schema_extra=unit("seconds"),
     )
     heartbeat_seconds: float = Field(
         15,

@@ -18,7 +18,6 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
 
-from edge.socket_protocol import MAX_FRAGMENTS
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.edge_process import PATIENCE, EdgeProcess, fresh_id, running_edge
 from tests.edge.fixtures import SHARED_SETTINGS
@@ -387,16 +386,24 @@ async def test_a_frame_beyond_the_limit_closes(edge: EdgeProcess, worker: Script
     async with connected(edge) as client:
         await client.generate(prompt="x" * SHARED_SETTINGS["max_body_bytes"])  # type: ignore[operator]
         assert await client.closed() == 1009
-    async with connected(edge) as client:
-
-        async def pieces() -> AsyncIterator[str]:
-            for _ in range(MAX_FRAGMENTS + 1):
-                yield ""
-
-        with contextlib.suppress(ConnectionClosed):
-            await client.socket.send(pieces())
-        assert await client.closed() == 1009
     assert worker.calls == []
+
+
+async def test_a_message_of_too_many_pieces_closes(target: str, worker: ScriptedWorker) -> None:
+    text = json.dumps({"type": "generate", "prompt": "x"})
+
+    async def pieces(count: int) -> AsyncIterator[str]:
+        for start in range(0, len(text), step := -(-len(text) // count)):
+            yield text[start : start + step]
+
+    async with running_edge(target, max_socket_fragments=4) as edge, connected(edge) as client:
+        await client.socket.send(pieces(3))  # and an empty one at the end
+        assert (await client.event())["type"] == "started"
+        async with connected(edge) as other:
+            with contextlib.suppress(ConnectionClosed):
+                await other.socket.send(pieces(4))
+            assert await other.closed() == 1009
+    assert len(worker.calls) == 1
 
 
 async def test_a_binary_frame_closes(edge: EdgeProcess, worker: ScriptedWorker) -> None:

@@ -180,6 +180,17 @@ async def test_what_becomes_too_complex_is_the_callers_fault(random_worker: Serv
     assert refusal.field == "constraint.lark"
 
 
+async def test_what_takes_too_long_to_compile_is_refused() -> None:
+    async with serve_script(grammar_seconds=0.05) as worker:
+        schema = pb.Constraint(json_schema=ENDLESS["definitions that double"].text)
+        refusal = await refusal_of(worker.stub.Generate(generate_request(constraint=schema)))
+        assert (refusal.code, refusal.field) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "constraint.json_schema",
+        )
+        assert "0.05" in refusal.message
+
+
 async def test_what_takes_too_long_at_its_tokens_fails_alone() -> None:
     """A budget that no grammar can keep to: told in the stream, and the rows beside it go on."""
     stingy = serve_random(tiny_llama(), max_running=6, kv_cache_mib=1, grammar_token_ms=1e-6)

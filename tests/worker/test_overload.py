@@ -50,6 +50,20 @@ async def test_the_token_budget() -> None:
             call.cancel()
 
 
+async def test_the_budget_of_kv_blocks() -> None:
+    settings = {"max_running": 1, "max_waiting_kv": 1, "blocks": 8, "step_milliseconds": 5}
+    async with serve_script(**settings, block_size=16) as worker:
+        running = worker.stub.Generate(generate_request(ids=[5] * 16, max_tokens=100))
+        await read_until(running, "delta")
+        waiting = worker.stub.Generate(generate_request(ids=[5] * 64))
+        await read_until(waiting, "started")
+        refusal = await refusal_of(worker.stub.Generate(generate_request(ids=[5] * 80)))
+        assert refusal.info.reason == "TOKEN_BUDGET"
+        assert "blocks" in refusal.message
+        for call in (running, waiting):
+            call.cancel()
+
+
 async def test_the_waiting_tokens_are_those_that_the_limit_counts() -> None:
     async with serve_script(max_running=1, step_milliseconds=5) as worker:
         running = worker.stub.Generate(generate_request(ids=[5] * 60, n=3, max_tokens=1000))

@@ -21,11 +21,14 @@ SMALL = CountLimits(
     max_messages=2,
     max_tools=1,
     max_tool_bytes=100,
+    max_template_arguments=1,
+    max_template_bytes=30,
     max_stop_sequences=2,
     max_stop_characters=5,
     max_stop_token_ids=2,
     max_logit_biases=2,
     max_logprobs=2,
+    max_grammar_texts=2,
 )
 SETTINGS = {name: getattr(SMALL, name) for name in CountLimits.__dataclass_fields__}
 
@@ -50,6 +53,10 @@ def chat(count: int, **fields: Any) -> pb.Prompt:
     return pb.Prompt(chat=pb.Chat(messages=messages, **fields))
 
 
+def choice(texts: str) -> pb.Constraint:
+    return pb.Constraint(choice=pb.ChoiceList(texts=texts))
+
+
 def tool(name: str, size: int = 0) -> pb.Tool:
     return pb.Tool(name=name, description="x" * size)
 
@@ -70,6 +77,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "prompt.chat.tools",
         {"prompt": chat(1, tools=[tool("a", 20)])},
         {"prompt": chat(1, tools=[tool("a", 100)])},
+    ),
+    "max_template_arguments": (
+        "prompt.chat.template_arguments",
+        {"prompt": chat(1, template_arguments={"a": 1})},
+        {"prompt": chat(1, template_arguments={"a": 1, "b": 1})},
+    ),
+    "max_template_bytes": (
+        "prompt.chat.template_arguments",
+        {"prompt": chat(1, template_arguments={"a": "x" * 10})},
+        {"prompt": chat(1, template_arguments={"a": "x" * 30})},
     ),
     "max_stop_sequences": (
         "stopping.stop_sequences",
@@ -101,6 +118,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "constraint.regex",
         {},
         {"constraint": pb.Constraint(regex="a" * 21)},
+    ),
+    "max_grammar_texts": (
+        "constraint.choice.texts",
+        {},
+        {"constraint": choice("abc")},
     ),
     "context_length": ("prompt", {"ids": [5] * 60}, {"ids": [5] * 64}),
 }

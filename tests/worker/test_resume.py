@@ -305,6 +305,11 @@ async def test_streams_and_bytes_are_bounded() -> None:
         for one in begun:
             await worker.stub.Abort(pb.AbortRequest(request_id=one.request_id))
         await worker.wait_idle()
+    async with serve_script(replay_bytes=2048) as worker:
+        ended = await worker.generate(resume_window=window(), max_tokens=500, n=16)
+        assert worker.worker.num_kept[1] <= 2048 + 256
+        refusal = await refusal_of(resume(worker, ended[0].started.resume_id))
+        assert refusal.code is grpc.StatusCode.OUT_OF_RANGE
     async with serve_script(replay_total_bytes=2048) as worker:
         for _ in range(20):
             await worker.generate(resume_window=window(), n=4)

@@ -458,7 +458,9 @@ class Chat(google.protobuf.message.Message):
 
     @property
     def template_arguments(self) -> google.protobuf.struct_pb2.Struct:
-        """Extra variables for the chat template, such as enable_thinking. Not messages, tools or special tokens."""
+        """Extra variables for the chat template, such as enable_thinking. Not messages, tools or special tokens.
+        At most 32, of 256 KiB together.
+        """
 
     @property
     def tool_choice(self) -> Global___ToolChoice:
