@@ -1,4 +1,4 @@
-"""A Llama checkpoint written as GGUF, llama.cpp's format, with the package `gguf`; without a tokenizer.
+"""A Llama checkpoint written as GGUF, llama.cpp's format, with the package `gguf`.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names of tensors, and the order of the rows of the
 query and key projections, as llama.cpp's convert_hf_to_gguf.py has them.
@@ -6,6 +6,7 @@ query and key projections, as llama.cpp's convert_hf_to_gguf.py has them.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,12 +35,14 @@ _OF_LAYER: Final = {
 }
 
 
-def write_gguf(gguf: Any, folder: Path, path: Path, dtype: str) -> Any:
+def write_gguf(
+    gguf: Any, folder: Path, path: Path, dtype: str, *, has_tokenizer: bool = False
+) -> Any:
     """Write the checkpoint in `folder` to `path`, matrices as float32 or bfloat16, and return its configuration.
 
-    `gguf` is the package.
+    `gguf` is the package. `has_tokenizer`: with the tokenizer and the chat template, which a server needs.
 
-    Raises: ValueError for a model that is no plain Llama.
+    Raises: ValueError for a model that is no plain Llama, or a tokenizer that is no byte-level BPE.
     """
     config = AutoConfig.from_pretrained(folder)
     rope = config.rope_parameters
@@ -58,7 +61,10 @@ def write_gguf(gguf: Any, folder: Path, path: Path, dtype: str) -> Any:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if has_tokenizer:
+        _add_tokenizer(gguf, writer, folder, config)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     stored = getattr(gguf.GGMLQuantizationType, {"float32": "F32", "bfloat16": "BF16"}[dtype])
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -80,6 +86,29 @@ def _add(gguf: Any, writer: Any, config: Any, name: str, values: Floats, stored:
     if values.ndim == 1:  # llama.cpp adds and multiplies by vectors in float32 alone
         stored = gguf.GGMLQuantizationType.F32
     writer.add_tensor(_name(name), gguf.quantize(values, stored), raw_dtype=stored)
+
+
+def _add_tokenizer(gguf: Any, writer: Any, folder: Path, config: Any) -> None:
+    """Byte-level BPE that cuts a text into words as GPT-2 does."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    model, words = tokenizer["model"], tokenizer["pre_tokenizer"]
+    if model["type"] != "BPE" or words["type"] != "ByteLevel":
+        raise ValueError("only byte-level BPE is written as GGUF")
+    special = {token["id"] for token in tokenizer["added_tokens"]}
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ids: dict[str, int] = model["vocab"] | added
+    kinds = gguf.TokenType
+    tokens = sorted(ids, key=ids.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [kinds.CONTROL if ids[token] in special else kinds.NORMAL for token in tokens]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_add_bos_token(False)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
 
 
 def _name(name: str) -> str:

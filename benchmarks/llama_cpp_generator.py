@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import tempfile
 from pathlib import Path
@@ -33,8 +34,7 @@ class LlamaCpp:
         self._cache_type = {"float32": 0, "bfloat16": 1}[dtype]  # GGML_TYPE_F32, GGML_TYPE_F16
         self._library = library = _import("llama_cpp.llama_cpp", "llama-cpp-python")
         gguf = _import("gguf", "gguf")
-        self._log = library.llama_log_callback(lambda _level, _text, _data: None)
-        library.llama_log_set(self._log, None)
+        _silence(library)
         library.llama_backend_init()
         self._context: Any = None
         self._sequences = 0
@@ -131,6 +131,13 @@ class LlamaCpp:
         )
         for sequence, token_id in zip(sequences, logits.argmax(axis=1).tolist(), strict=True):
             output.add(sequence, [token_id])
+
+
+@functools.cache  # what the library calls from now on must outlive every generator
+def _silence(library: Any) -> object:
+    callback = library.llama_log_callback(lambda _level, _text, _data: None)
+    library.llama_log_set(callback, None)
+    return callback
 
 
 def _import(name: str, package: str) -> Any:

@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from tokenizers import Tokenizer
 from transformers import LlamaConfig
 
 from benchmarks.answer_check import AnswerCheck, WrongAnswer
 from benchmarks.awq import CONTENDERS
 from benchmarks.engine import Plan, contest, make_prompts
 from benchmarks.generators import GenerationFailed, Output, Sluice
+from benchmarks.gguf_checkpoint import write_gguf
 from benchmarks.gpu import SHAPES
 from benchmarks.gpu_vllm import write_config
+from benchmarks.llama_cpp_server import llama_cpp
 from benchmarks.load_client import StreamFailed
+from benchmarks.processes import StartFailed
+from benchmarks.random_llama import END, write_random_llama
 from benchmarks.recording import read_writes
 from benchmarks.report import Report
 from benchmarks.sampling import KINDS
@@ -124,6 +129,34 @@ def test_llama_cpp_computes_the_model_that_it_is_given() -> None:
         for _ in range(2):  # the second time with the cache that the first has left
             tokens = generator.generate(prompts, 8).tokens
             check.check(generator.name, prompts, tokens)
+
+
+@pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python or gguf is not installed")
+def test_llama_cpp_reads_a_text_as_the_tokens_that_sluice_reads(tmp_path: Path) -> None:
+    import gguf
+    from llama_cpp import Llama
+
+    write_random_llama(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    write_gguf(gguf, tmp_path, tmp_path / "model.gguf", "float32", has_tokenizer=True)
+    model = Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    text = "8410 time year\u00e9 children, worlds\nanswer "
+    expected = tokenizer.encode(text).ids
+    assert model.tokenize(text.encode(), add_bos=True, special=True) == expected
+    assert model.detokenize(expected).decode() == text
+    assert model.token_eos() == tokenizer.token_to_id(END)
+    model.close()
+
+
+def test_a_server_that_does_not_start_is_told_with_what_it_says(tmp_path: Path) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text("#!/bin/sh\necho no such model: $2\nexit 1\n")
+    server.chmod(0o700)
+    with (
+        pytest.raises(StartFailed, match="no such model: model"),
+        llama_cpp(server, Path("model.gguf"), threads=1, slots=1),
+    ):
+        pytest.fail("it is up")
 
 
 @pytest.mark.slow
