@@ -317,10 +317,9 @@ def _group(lengths: list[int], cache: KVCache) -> Iterator[tuple[int, int]]:
 def lay_out_blocks(spans: Sequence[Span], max_length: int, block_size: int) -> Int32Array:
     """The blocks of each decode span: [spans, blocks of `max_length` tokens]."""
     width = -(-max_length // block_size)
-    table = np.zeros((len(spans), width), dtype=np.int32)
-    for row, span in zip(table, spans, strict=True):
-        num_blocks = -(-span.stop // block_size)
-        row[:num_blocks] = span.block_table[:num_blocks]
+    rows = []
+    for span in spans:
+        blocks = span.block_table[: -(-span.stop // block_size)]
         # padded with a block of its own: it is masked, but a masked NaN of somebody else's would still be NaN
-        row[num_blocks:] = span.block_table[0]
-    return table
+        rows.append([*blocks, *[blocks[0]] * (width - len(blocks))])
+    return np.array(rows, dtype=np.int32).reshape(len(rows), width)

@@ -104,9 +104,9 @@ class _Part:
         self._rows = rows
         with adjusted(logits, rows) as changed:
             restricted, self._failures = restrict(changed, rows)
-            self.tokens, sound = _choose(restricted, rows, scans)
+            self.tokens, peaks = _choose(restricted, rows, scans)
         # failed rows are told apart by a negative id: one transfer from the device for tokens and failures
-        self._outcome = Download(self.tokens.masked_fill(~sound, -1))
+        self._outcome = Download(_or_minus_one(self.tokens, peaks))
         self._asked = [i for i, row in enumerate(rows) if row.request.output.logprobs is not None]
         self._scores = self._score()
 
@@ -135,17 +135,23 @@ class _Part:
 def _choose(
     logits: torch.Tensor, rows: Rows[Sequence], scans: Scans
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows], and which of them come of a row that leaves something to choose [rows]."""
+    """Token ids [rows], and the greatest logits [rows]: those of a row that leaves something to choose are finite."""
     drawn = [i for i, row in enumerate(rows) if row.request.sampling.temperature > 0]
     if len(drawn) == len(rows):
-        tokens, peaks = _draw(logits, rows, scans)
-        return tokens, peaks.isfinite()
+        return _draw(logits, rows, scans)
     tokens = greatest(logits)
-    sound = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    peaks = logits.gather(1, tokens[:, None])[:, 0]
     if drawn:
         where = upload(np.array(drawn), logits.device)
         tokens[where] = _draw(logits, rows, scans)[0][where]
-    return tokens, sound
+    return tokens, peaks
+
+
+def _or_minus_one(tokens: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
+    """Token ids [rows] where the greatest logit is finite, and -1 elsewhere."""
+    if tokens.device.type == "cpu":  # where numpy's calls take a fraction of torch's time
+        return torch.from_numpy(np.where(np.isfinite(peaks.numpy()), tokens.numpy(), -1))
+    return tokens.masked_fill(~peaks.isfinite(), -1)
 
 
 def greatest(logits: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ import torch
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """The array on the device; on a CPU it is the array itself, which must not change after this."""
     tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
     if device.type != "cuda":
         return tensor.to(device)
     # torch keeps the pinned memory until the copy is over

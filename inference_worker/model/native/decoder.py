@@ -123,6 +123,7 @@ class NativeDecoder:
         )
         self._model = _model(decoder, cache, self._head, self._matrices[0], self._layers)
         self._scratch = torch.empty(0)
+        self._room = (0, 0, 0)  # tokens, wanted ones and positions that it suffices for
         # without the layers, whose 4-bit weights are not needed any more
         self._rest = FusedDecoder(decoder.embedding, decoder.rotary, [], decoder.head)
         self._num_positions = num_positions
@@ -137,15 +138,7 @@ class NativeDecoder:
         longest = int(batch.positions.numpy().max()) + 1
         if longest > len(self._cosine):
             self._cosine, self._sine = self._rotation(-(-longest // _POSITIONS) * _POSITIONS)
-        num_floats = self._library.scratch_size(
-            ctypes.byref(self._model),
-            len(batch.positions),
-            len(wanted),
-            longest,
-            self._num_threads,
-        )
-        if num_floats > len(self._scratch):
-            self._scratch = torch.empty(num_floats)
+        self._make_room((len(batch.positions), len(wanted), longest))
         blocks, widths, tables = _blocks(batch)
         inputs = [x.contiguous() for x in (batch.input_ids, batch.positions, batch.slots)]
         tokens = _Tokens(
@@ -171,6 +164,16 @@ class NativeDecoder:
         if fault is not None:
             raise IndexError(f"{fault.decode()} is out of range")
         return logits
+
+    def _make_room(self, needed: tuple[int, int, int]) -> None:
+        if all(a <= b for a, b in zip(needed, self._room, strict=True)):
+            return
+        tokens, wanted, longest = map(max, needed, self._room)
+        self._room = tokens, wanted, longest
+        model = ctypes.byref(self._model)
+        self._scratch = torch.empty(
+            self._library.scratch_size(model, *self._room, self._num_threads)
+        )
 
     def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         # asked for more positions than the model was made for, some embeddings change their frequencies
