@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from edge.gate import QUERY_PARAMETER
 from edge.generate_endpoint import GenerateEndpoint
-from edge.operation import DONE, Operation, SocketShape
+from edge.operation import DONE, EVENT_STREAM, Operation, SocketShape
 from edge.response_schema import Error
 from edge.version import version_of_sluice
 
@@ -178,7 +178,8 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.answer is not None:
         content["application/json"] = {"schema": _ref(operation.answer)}
     if operation.events:
-        content["text/event-stream"] = _event_stream(operation)
+        describe = _event_stream if operation.stream_type == EVENT_STREAM else _lines
+        content[operation.stream_type] = describe(operation)
     for media_type, held in operation.other_content.items():
         content[media_type] = {"schema": {"type": "string", "format": "binary"}}
         content[media_type]["schema"]["description"] = held
@@ -236,6 +237,12 @@ def _event_stream(operation: Operation) -> dict[str, Any]:
             "description": f"A server-sent event.{told} A silent stream gets `: ping` comments.{ending}",
         },
     }
+
+
+def _lines(operation: Operation) -> dict[str, Any]:
+    """What each JSON value of another stream is."""
+    models = [*operation.events.values(), *([operation.error] if operation.error else [])]
+    return {"itemSchema": {"anyOf": [_ref(model) for model in models]}}
 
 
 def _event(name: str, model: type[BaseModel], *, has_id: bool = False) -> dict[str, Any]:

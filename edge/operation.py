@@ -15,7 +15,7 @@ from edge.generate_endpoint import GenerateEndpoint, Parse
 # Every status that a generation may be refused with before its 200.
 GENERATE_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 499, 500, 503, 504)
 
-
+EVENT_STREAM = "text/event-stream"
 DONE = "Ends with `data: [DONE]`."
 
 BodyParse: TypeAlias = Callable[[dict[str, Any], PromptLimits], ParsedRequest]
@@ -49,8 +49,9 @@ class Operation:
     errors: tuple[int, ...]
     body: type[BaseModel] | None = None
     query: type[BaseModel] | None = None
-    # Data of the server-sent events, by event name; "" where events have none.
+    # Data of the server-sent events, by event name; "" where events have none, as the lines of other streams have.
     events: dict[str, type[BaseModel]] = field(default_factory=dict)
+    stream_type: str = EVENT_STREAM
     other_answers: dict[int, str] = field(default_factory=dict)
     # Other media types that the 200 may have, and what they hold.
     other_content: dict[str, str] = field(default_factory=dict)

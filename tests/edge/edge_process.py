@@ -7,9 +7,12 @@ import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from tests.patience import PATIENCE as PATIENCE
+
+ROOT = Path(__file__).parents[2]
 
 
 def fresh_id(name: str) -> str:
@@ -67,10 +70,14 @@ class EdgeProcess:
 
 
 @contextlib.asynccontextmanager
-async def running_edge(worker: str, **settings: object) -> AsyncIterator[EdgeProcess]:
-    """An edge with these settings, from listening to gone."""
+async def running_edge(
+    worker: str, *, folder: Path | None = None, **settings: object
+) -> AsyncIterator[EdgeProcess]:
+    """An edge with these settings, from listening to gone. Its code is that of the folder, if there is one."""
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_")}
+    if folder is not None:  # for what is not in it
+        environment["PYTHONPATH"] = str(ROOT)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "edge", "--host=127.0.0.1", "--port=0", f"--worker={worker}"),
@@ -78,6 +85,7 @@ async def running_edge(worker: str, **settings: object) -> AsyncIterator[EdgePro
         stdout=asyncio.subprocess.PIPE,
         limit=1024 * 1024,
         env=environment,
+        cwd=folder,
     )
     edge = EdgeProcess(process)
     try:
