@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
+from edge.connection import EXTENSION, Connection
 from edge.dialects.dialect import StreamEncoder
 from edge.error_response import Refuse
 from edge.errors import ClientGoneError, EdgeError, server_error
 from edge.generation import Generation
-from edge.protocol import EXTENSION, Connection
 from edge.request_log import RequestRecord
 from edge.worker_pool import WorkerPool
 

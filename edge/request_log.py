@@ -11,10 +11,10 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edge.connection import EXTENSION, Connection
 from edge.error_response import error_response
 from edge.errors import EdgeError, overloaded, server_error
 from edge.metrics import PHASES, EdgeMetrics
-from edge.protocol import EXTENSION, Connection
 
 SWITCHING_PROTOCOLS = 101
 CLIENT_CLOSED_REQUEST = 499

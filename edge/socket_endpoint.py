@@ -11,6 +11,7 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from edge.connection import EXTENSION, Connection
 from edge.conversation import Answer, Conversation
 from edge.dialects import socket as dialect
 from edge.dialects.dialect import PromptLimits
@@ -20,7 +21,6 @@ from edge.errors import ClientGoneError, EdgeError, permission_denied, server_er
 from edge.gate import Gate, caller_of
 from edge.generation import Generation
 from edge.json_codec import decode_object
-from edge.protocol import EXTENSION, Connection
 from edge.request_log import RequestRecord, record_of
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool

@@ -6,7 +6,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request
 
-from edge.protocol import EXTENSION, Connection
+from edge.connection import EXTENSION, Connection
 
 
 class SocketProtocol(WebSocketsSansIOProtocol):

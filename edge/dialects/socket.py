@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field
 
 from edge.dialects import native
 from edge.dialects.dialect import ParsedRequest, PromptLimits
-from edge.dialects.native import NativeEncoder, StreamMessage, StreamRequest
+from edge.dialects.native import NativeEncoder
+from edge.dialects.native_schema import StreamMessage, StreamRequest
 from edge.dialects.schema import RequestModel, validate
 from edge.errors import EdgeError, invalid_request
 from edge.finish_reason import finish_reason_name

@@ -18,6 +18,7 @@ from edge.dialects import (
     anthropic,
     anthropic_schema,
     native,
+    native_schema,
     openai_chat,
     openai_chat_schema,
     openai_completions,
@@ -69,7 +70,7 @@ PARSERS: dict[str, tuple[Parse, dict[str, Any], list[type[BaseModel]]]] = {
     "native": (
         lambda body: native.parse(body, LIMITS),
         {"prompt": "hi"},
-        [native.StreamRequest],
+        [native_schema.StreamRequest],
     ),
     "AI SDK chat": (lambda body: ai_sdk.parse_chat(body, LIMITS), {"messages": UI}, []),
     "AI SDK text": (lambda body: ai_sdk.parse_text(body, LIMITS), {"prompt": "hi"}, []),
