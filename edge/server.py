@@ -8,8 +8,7 @@ import os
 import resource
 import signal
 import socket
-import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,13 +18,14 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
 from edge.app import create_apps
-from edge.certificates import server_context
 from edge.connection_limits import Addresses, ConnectionLimits
 from edge.drain import Drain
 from edge.gate import Gate
 from edge.protocol import StreamProtocol
+from edge.server_certificate import ServerCertificate
 from edge.settings import EdgeSettings
 from edge.socket_protocol import SocketProtocol
+from edge.terminal import Terminal
 from edge.tls_acceptor import TlsAcceptor
 
 # What the kernel buffers for a client that does not read; by default it is megabytes.
@@ -119,7 +119,7 @@ class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process by the signal instead of with 0."""
 
     def __init__(
-        self, config: uvicorn.Config, name: str, tls: ssl.SSLContext | None = None
+        self, config: uvicorn.Config, name: str, tls: ServerCertificate | None = None
     ) -> None:
         super().__init__(config)
         self._name = name
@@ -156,7 +156,7 @@ class _Server(uvicorn.Server):
         await asyncio.gather(*self._accepting, return_exceptions=True)
         await super().shutdown(sockets)
 
-    def _acceptor(self, context: ssl.SSLContext) -> TlsAcceptor:
+    def _acceptor(self, certificate: ServerCertificate) -> TlsAcceptor:
         config, protocol = self.config, self.config.http_protocol_class
         assert issubclass(protocol, StreamProtocol)  # noqa: S101
 
@@ -165,17 +165,16 @@ class _Server(uvicorn.Server):
                 config=config, server_state=self.server_state, app_state=self.lifespan.state
             )
 
-        return TlsAcceptor(context, protocol, make, self.server_state.connections)
+        return TlsAcceptor(certificate, protocol, make, self.server_state.connections)
 
 
 async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> None:
     """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
 
-    SIGHUP reads the API keys again, where there are any.
+    SIGHUP reads the API keys and the certificate again; that of a terminal which is closed ends the process, too.
     """
     drain = Drain()
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
         if stopping.is_set():
@@ -184,16 +183,15 @@ async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> Non
         _log.info("edge stopping", signal=signal.Signals(number).name)
         stopping.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
-
-    if gate.has_keys:
-        loop.add_signal_handler(signal.SIGHUP, gate.reload)
-    elif not _is_loopback(listeners.public):
+    tls = ServerCertificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+    reloads = [gate.reload] if gate.has_keys else []
+    if tls is not None:
+        reloads.append(tls.reload)
+    _heed_signals(stop, reloads)
+    if not gate.has_keys and not _is_loopback(listeners.public):
         _log.warning("edge open to everybody: no API keys are set", host=settings.host)
 
     apps = create_apps(settings, drain, gate)
-    tls = server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
     server = _Server(_config(settings, apps.public), "edge listening", tls)
     serving = asyncio.create_task(server.serve([listeners.public]), name="uvicorn")
     stopped = asyncio.create_task(stopping.wait(), name="stop signal")
@@ -206,6 +204,26 @@ async def serve(settings: EdgeSettings, listeners: Listeners, gate: Gate) -> Non
             _log.info("edge drained", ended_early=ended)
         stopped.cancel()
         await serving
+
+
+def _heed_signals(stop: Callable[[int], None], reloads: list[Callable[[], None]]) -> None:
+    loop = asyncio.get_running_loop()
+    terminal = Terminal()
+
+    def hang_up() -> None:
+        if terminal.is_gone:
+            # The system may tell it twice, which is no second signal to end at once for.
+            loop.add_signal_handler(signal.SIGHUP, lambda: None)
+            stop(signal.SIGHUP)
+            return
+        for reload in reloads:
+            reload()
+        if not reloads:
+            _log.info("nothing to reload: there are neither API keys nor a certificate")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
 
 
 @contextlib.asynccontextmanager

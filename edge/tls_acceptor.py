@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Callable, Sized
 
 from edge.protocol import StreamProtocol
+from edge.server_certificate import ServerCertificate
 
 # Before the next try when the system has no more files, say.
 _PAUSE_SECONDS = 0.1
@@ -22,13 +22,13 @@ class TlsAcceptor:
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        certificate: ServerCertificate,
         protocol: type[StreamProtocol],
         make: Callable[[], StreamProtocol],
         connections: Sized,
     ) -> None:
         """`make` makes the protocol of one connection; `connections` are those that have one."""
-        self._context = context
+        self._certificate = certificate
         self._limits, self._addresses = protocol.limits, protocol.addresses
         self._make = make
         self._connections = connections
@@ -71,7 +71,7 @@ class TlsAcceptor:
                 await asyncio.get_running_loop().connect_accepted_socket(
                     self._make,
                     connection,
-                    ssl=self._context,
+                    ssl=self._certificate.context,
                     ssl_handshake_timeout=self._limits.read_timeout_seconds,
                 )
         finally:

@@ -21,6 +21,7 @@ from inference_worker.served_model import Served
 from inference_worker.server import AddressUnusable, Server
 from inference_worker.settings import WorkerSettings
 from inference_worker.step_watchdog import EngineHangs
+from inference_worker.terminal import Terminal
 from inference_worker.worker import Worker
 
 PROGRAM: Final = "inference_worker"
@@ -66,9 +67,10 @@ class _Process:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
+        server = Server(self._settings)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, server, Terminal())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        server = Server(self._settings)
         try:
             server.bind()
             metrics_port = self._serve_metrics(Probes(loop, lambda: server.is_serving))
@@ -172,6 +174,14 @@ class _Process:
         if not self._is_ready:  # still loading: there is nothing to finish
             _exit_now(0)
         self._stopping.set()
+
+    def _on_hangup(self, server: Server, terminal: Terminal) -> None:
+        if not terminal.is_gone:
+            server.reload_certificates()
+        elif (
+            not self._stopping.is_set()
+        ):  # the system may tell it twice: no second signal to exit at once for
+            self._on_signal(signal.SIGHUP)
 
     def _on_crash(self, error: BaseException) -> None:
         get_logger().critical("the engine crashed", exc_info=error)

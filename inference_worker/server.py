@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -12,6 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from inference_worker.health import HealthService
+from inference_worker.request_log import get_logger
+from inference_worker.server_certificates import ServerCertificates
 from inference_worker.service import GenerationService
 from inference_worker.settings import WorkerSettings
 from inference_worker.worker import Worker
@@ -38,6 +39,11 @@ class Server:
         if settings.vllm_engine:
             self._names.append(VLLM_SERVICE_NAME)
         self._health = HealthService(("", *self._names))
+        self._certificates: ServerCertificates | None = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            self._certificates = ServerCertificates(
+                settings.tls_cert, settings.tls_key, settings.tls_client_ca
+            )
         self.address = ""  # known once bound
 
     def bind(self) -> None:
@@ -75,6 +81,13 @@ class Server:
         """What health checks are told."""
         return self._health.is_serving
 
+    def reload_certificates(self) -> None:
+        """Read the certificates again, if there are any, and say in the log what came of it."""
+        if self._certificates is not None:
+            self._certificates.reload()
+        else:
+            get_logger().info("nothing to reload: there is no certificate")
+
     def set_not_serving(self) -> None:
         """Tell health checks that no new work should come."""
         self._health.set_serving(False)
@@ -85,24 +98,12 @@ class Server:
         await self._server.stop(_STOP_SECONDS)
 
     def _add_port(self, address: str) -> int:
-        credentials = _credentials(self._settings)
         try:
-            if credentials is not None:
-                return self._server.add_secure_port(address, credentials)
+            if self._certificates is not None:
+                return self._server.add_secure_port(address, self._certificates.credentials())
             return self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise AddressUnusable(f"cannot listen on {address}") from error
-
-
-def _credentials(settings: WorkerSettings) -> grpc.ServerCredentials | None:
-    """What the settings say of TLS, which gRPC speaks from version 1.2 on."""
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    pair = (Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes())
-    if settings.tls_client_ca is None:
-        return grpc.ssl_server_credentials([pair])
-    roots = Path(settings.tls_client_ca).read_bytes()
-    return grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
 
 
 def _check_address(host: str, port: int) -> None:

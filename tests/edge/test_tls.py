@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import ssl
 import warnings
 from collections.abc import AsyncIterator
@@ -314,6 +315,100 @@ async def test_a_worker_is_known_by_another_name_than_it_is_reached_by(
                 worker.address, worker_ca=certificates.ca, worker_server_name=name
             ) as edge:
                 assert await status_of(edge) == status
+
+
+class Renewed:
+    """PEM files at one place whose authority changes, as `renew` is called."""
+
+    def __init__(self, directory: Path) -> None:
+        self.certificate, self.key = directory / "renewed.pem", directory / "renewed.key"
+        self.authority = trustme.CA()
+        self.renew()
+
+    def renew(self) -> None:
+        self.authority = trustme.CA()
+        made = self.authority.issue_cert("127.0.0.1", "localhost")
+        self.certificate.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
+        self.key.write_bytes(made.private_key_pem.bytes())
+
+    def trust(self) -> ssl.SSLContext:
+        """In the authority that there is now."""
+        context = ssl.create_default_context()
+        self.authority.configure_trust(context)
+        return context
+
+    @property
+    def roots(self) -> bytes:
+        return self.authority.cert_pem.bytes()
+
+
+async def test_hangup_shows_the_new_certificate_to_who_comes_next(
+    target: str, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    async def hang(call: ScriptedCall) -> None:
+        await call.started()
+        await call.hang()
+
+    worker.script = hang
+    files = Renewed(tmp_path)
+    async with running_edge(target, tls_cert=files.certificate, tls_key=files.key) as edge:
+
+        async def hang_up(event: str) -> None:
+            since = len(edge.lines)
+            edge.process.send_signal(signal.SIGHUP)
+            await edge.line(lambda line: line["event"] == event, since)
+
+        before = files.trust()
+        async with connected(edge, before) as (reader, writer):
+            writer.write(request_bytes("/v1/chat/completions", CHAT))
+            await reader.readuntil(b"assistant")
+            files.renew()
+            await hang_up("certificate reloaded")
+            async with connected(edge, files.trust()):
+                pass
+            with pytest.raises(ssl.SSLError):
+                async with connected(edge, before):
+                    pass
+            trusted = files.trust()
+            files.key.write_text("no key")
+            await hang_up("certificate not reloaded")
+            async with connected(edge, trusted):
+                pass
+            assert not worker.call.was_cancelled, "what was open goes on"
+
+
+async def test_hangup_shows_the_workers_new_certificate_to_who_comes_next(tmp_path: Path) -> None:
+    files = Renewed(tmp_path)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="Hi"), stopping=pb.Stopping(max_tokens=4000))
+    flags = (f"--tls-cert={files.certificate}", f"--tls-key={files.key}", "--step-milliseconds=10")
+
+    async def is_known_by(address: str, roots: bytes) -> bool:
+        credentials = grpc.ssl_channel_credentials(roots)
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.secure_channel(address, credentials, options=options) as channel:
+            stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
+            code = await stub.GetModel(pb.GetModelRequest(), timeout=PATIENCE).code()
+            assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+            return code is grpc.StatusCode.OK
+
+    async with ready_worker(*flags) as served:
+        before = files.roots
+        credentials = grpc.ssl_channel_credentials(before)
+        async with grpc.aio.secure_channel(served.address, credentials) as channel:
+            stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
+            stream = stub.Generate(request)
+            await stream.read()
+            files.renew()
+            served.send(signal.SIGHUP)
+            await served.read_until("certificates reloaded")
+            assert await is_known_by(served.address, files.roots)
+            assert not await is_known_by(served.address, before)
+            files.key.write_text("no key")
+            served.send(signal.SIGHUP)
+            line = await served.read_until("certificates not reloaded")
+            assert (line["level"], "cannot be used" in line["reason"]) == ("error", True)
+            assert await is_known_by(served.address, files.roots)
+            assert await stream.read(), "what was open goes on"
 
 
 @pytest.mark.parametrize(

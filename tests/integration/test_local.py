@@ -114,6 +114,31 @@ def test_in_the_background_it_leaves_the_terminal_alone_and_ends_with_it() -> No
     assert [process for process in family if process.is_running()] == []
 
 
+@pytest.mark.parametrize(
+    ("module", "ready"),
+    [("edge", "edge listening"), ("inference_worker.scripted_model", '"ready"')],
+)
+def test_a_hangup_ends_a_process_with_its_terminal_and_never_else(module: str, ready: str) -> None:
+    process = Terminal([sys.executable, "-m", module, "--port=0"])
+    status = None
+    try:
+        process.read_until(ready)
+        os.kill(process.pid, signal.SIGHUP)  # as to any server: read your files again
+        process.read_until("nothing to reload")
+        os.close(process.descriptor)
+        deadline = time.monotonic() + PATIENCE
+        while status is None and time.monotonic() < deadline:
+            ended, found = os.waitpid(process.pid, os.WNOHANG)
+            status = found if ended else None
+            time.sleep(0.01)
+    finally:
+        if status is None:
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitpid(process.pid, 0)
+    assert status is not None, "it outlived its terminal"
+    assert os.WIFEXITED(status), "it was not ended, but killed"
+
+
 def test_one_port_for_both_is_one_clear_line() -> None:
     port = free_port()
     result = subprocess.run(
