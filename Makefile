@@ -12,8 +12,9 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
+PIP_AUDIT_VERSION := 2.10.1
 
-.PHONY: help run test test-all lint format protos bench gpu clean
+.PHONY: help run test test-all lint format protos bench gpu audit clean
 
 help:
 	@echo 'make run     set up, serve the embedded model on http://localhost:8000 (Ctrl-C stops)'
@@ -24,6 +25,7 @@ help:
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
 	@echo 'make bench   measure engine, sampling, AWQ, structured output, prefix cache, transport, cancellation, overload here'
 	@echo 'make gpu     on a machine with a GPU: test and measure what no other can'
+	@echo 'make audit   ask an advisory database about every pinned version'
 	@echo 'make clean   delete the virtual environment and caches'
 
 run: $(VENV)/installed-serve
@@ -63,6 +65,12 @@ gpu: $(VENV)/installed-dev
 	$(BIN)/pytest tests/gpu tests/worker/model
 	$(BIN)/python -m benchmarks.gpu --keep benchmarks/RESULTS.md
 
+# Pins are read as they are: nothing of them is installed. Strict, since what the database does not answer for would
+# otherwise be left out, and the rest called clean.
+audit: $(VENV)/audit/bin/pip-audit
+	$< --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt
+	$< --strict --disable-pip --no-deps --progress-spinner off -r constraints.gateway.txt
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
 
@@ -78,6 +86,13 @@ $(VENV)/installed-dev: $(VENV)/installed-serve
 	@$(PIP_INSTALL) -e '.[dev]'
 	@# deprecated, and on some later Python perhaps not to be had: then the tests that need it are skipped
 	@$(PIP_INSTALL) -e '.[quantize]' || echo 'autoawq cannot be installed: the quantize command is not tested'
+	@touch $@
+
+# In an environment of its own, which it shares no dependency with.
+$(VENV)/audit/bin/pip-audit: Makefile
+	@$(PYTHON) -m venv $(VENV)/audit
+	@$@ --version 2>/dev/null | grep -q ' $(PIP_AUDIT_VERSION)$$' || \
+		$(VENV)/audit/bin/python -m pip install --quiet pip-audit==$(PIP_AUDIT_VERSION)
 	@touch $@
 
 # In a folder of its own: see constraints.gateway.txt. The tests' own process never sees it.
