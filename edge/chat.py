@@ -188,7 +188,9 @@ def _figures(finished: dict[str, Any], begun: float, first: float | None) -> str
     parts = [f"{count} tokens"]
     if first is not None:
         parts.append(f"first after {first - begun:.2f} s")
-        if count > 1 and (spent := time.monotonic() - first) > 0:
+        # what comes in one burst took the worker longer than us
+        spent = max(time.monotonic() - first, finished["timings"]["decode_seconds"])
+        if count > 1 and spent > 0:
             parts.append(f"{(count - 1) / spent:.0f} tokens/s")
     if finished["finish_reason"] not in ("stop", "stop_sequence"):
         parts.append(f"ended by {finished['finish_reason']}")

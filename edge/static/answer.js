@@ -10,7 +10,8 @@ const REASONS = {
 /**
  * One answer on the page: its text in the chosen view, its figures, and what went wrong.
  *
- * `record` is what is kept: {role, text, tokens, count, firstTokenSeconds, seconds, reason, usage, failure, place}.
+ * `record` is what is kept: {role, text, tokens, count, firstTokenSeconds, seconds, decodeSeconds, reason, usage, failure,
+ * place}.
  */
 export class Answer {
   constructor(record, actions) {
@@ -98,8 +99,9 @@ export class Answer {
     const parts = [];
     if (record.count) {
       parts.push(`${record.count} token${record.count === 1 ? "" : "s"}`);
-      const decoding = (seconds ?? record.seconds) - record.firstTokenSeconds;
-      if (record.count > 1 && decoding > 0) parts.push(`${((record.count - 1) / decoding).toFixed(1)} tokens/s`);
+      // A busy page gets many tokens at once; the worker's clock tells how long they took to make.
+      const decoding = Math.max((seconds ?? record.seconds) - record.firstTokenSeconds, record.decodeSeconds ?? 0);
+      if (record.count > 1 && decoding > 0) parts.push(`${rate((record.count - 1) / decoding)} tokens/s`);
       parts.push(`first token after ${milliseconds(record.firstTokenSeconds)}`);
     }
     if (record.usage?.cached_tokens) parts.push(`${record.usage.cached_tokens} of ${record.usage.prompt_tokens} prompt tokens cached`);
@@ -141,6 +143,10 @@ export class Answer {
     button.addEventListener("click", () => act(button));
     return button;
   }
+}
+
+function rate(tokensPerSecond) {
+  return tokensPerSecond.toFixed(tokensPerSecond < 100 ? 1 : 0);
 }
 
 function milliseconds(seconds) {

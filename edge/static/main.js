@@ -41,7 +41,7 @@ function show(record) {
 
 function newRecord() {
   return {
-    role: "assistant", text: "", reasoning: "", tokens: [], count: 0, firstTokenSeconds: 0, seconds: 0, reason: "", usage: null,
+    role: "assistant", text: "", reasoning: "", tokens: [], count: 0, firstTokenSeconds: 0, seconds: 0, decodeSeconds: 0, reason: "", usage: null,
     failure: "", request: null, place: "", requestId: "",
   };
 }
@@ -117,9 +117,12 @@ function listener(answer) {
   const texts = new TokenTexts();
   return {
     going: () => answer.clearNotice(),
-    waiting: (wait) => answer.showWaiting(wait, {
-      hurry: () => current?.generation.hurry(), stop: () => current?.generation.stop(),
-    }),
+    waiting(wait) {
+      answer.showWaiting(wait, {
+        hurry: () => current?.generation.hurry(), stop: () => current?.generation.stop(),
+      });
+      follow();
+    },
     place: (id) => { record.place = id; },
     started: (data) => { record.requestId = data.request_id; },
     delta(data) {
@@ -136,6 +139,7 @@ function listener(answer) {
     finished(data) {
       record.reason = data.finish_reason;
       record.usage = data.usage ?? null;
+      record.decodeSeconds = data.timings?.decode_seconds ?? 0;
     },
   };
 }

@@ -174,6 +174,7 @@ def _try_faster(
         except Exception as error:  # the general path serves what the fast ones cannot
             _log.warning("%s is not used: %s", type(forward).__name__, _first_line(error))
         else:
+            _log.info("steps run in %s", type(forward).__name__)
             graphs = _capture(forward, cache, context_length, settings)
             return (
                 runner

@@ -146,7 +146,8 @@ def test_a_server_cannot_command_the_terminal() -> None:
     refusal = rb'{"error": {"message": "\u001b]0;mine\u0007\u009b2Jbusy"}}'
     answer = (
         rb'event: delta%cdata: {"text": "a\u001b[31mb"}%c'
-        rb'event: finished%cdata: {"finish_reason": "\u001b[2J", "usage": {"completion_tokens": 1}}%c'
+        rb'event: finished%cdata: {"finish_reason": "\u001b[2J", "usage": {"completion_tokens": 11}, '
+        rb'"timings": {"decode_seconds": 200}}%c'
     ) % (10, 10, 10, 10)
     answers = [(429, "0.01", refusal), (503, "nan", refusal), (400, "", refusal)]
     answers += [(200, "", answer), (200, "", b"data: {\n")]
@@ -171,6 +172,8 @@ def test_a_server_cannot_command_the_terminal() -> None:
     assert done.stdout == "a\ufffd[31mb\n"
     assert done.stderr.count("busy") == 3
     assert "ended by" in done.stderr
+    assert "11 tokens, " in done.stderr
+    assert ", 0 tokens/s" in done.stderr  # the worker took that long, however fast they came
     assert "is no stream of events" in done.stderr
     assert not set(done.stderr) & {
         chr(code) for code in (*range(32), *range(127, 160)) if code != 10

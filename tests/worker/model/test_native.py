@@ -360,8 +360,9 @@ def test_without_a_compiler_torch_serves_and_the_log_says_so(
     if not compiler:
         monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         runner = new_runner(build("llama"), native=True)
     assert isinstance(runner._forward, FusedDecoder)
+    assert "steps run in FusedDecoder" in caplog.text
     [line] = [r.getMessage() for r in caplog.records if "steps run in torch, not in C" in r.message]
     assert "\n" not in line
