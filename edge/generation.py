@@ -10,9 +10,9 @@ import grpc
 
 from edge.errors import ClientGoneError, EdgeError, from_status, server_error
 from edge.finish_reason import finish_reason_name
+from edge.new_stream import NewStream
 from edge.resumed_stream import ResumedStream
 from edge.worker_pool import WorkerPool
-from edge.worker_stream import WorkerStream
 from protos.sluice.v1 import generation_pb2 as pb
 
 # Which of the request's prompts a message belongs to, and the message.
@@ -85,7 +85,7 @@ class Generation:
         self._raise_if_stopped()
         if self._is_resumed:
             return await self._resume(workers, self._requests[0])
-        self._streams = [WorkerStream(workers, request) for request in self._requests]
+        self._streams = [NewStream(workers, request) for request in self._requests]
         if len(self._streams) == 1:
             first = [await self._read_stream(0)]
         else:

@@ -1,111 +1,119 @@
-"""A stream that a worker keeps, read again or further. Nothing of it is known here but its name."""
+"""A stream that a worker keeps, read again or further. What is known of it is what that worker tells."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
-import grpc
-
-from edge.errors import STREAM_NOT_FOUND, EdgeError, from_status, is_lost
+from edge.delivered import Delivered
+from edge.errors import STREAM_NOT_FOUND, EdgeError, is_lost
 from edge.request_timeout import seconds_of
-from edge.worker_client import GenerateCall, error_from_call
+from edge.worker_client import GenerateCall, WorkerClient
 from edge.worker_pool import WorkerPool
+from edge.worker_stream import WorkerStream
 from protos.sluice.v1 import generation_pb2 as pb
 
-_First: TypeAlias = asyncio.Task[pb.GenerateResponse | None]
+# How long the others may take to say that they have it too, once one has.
+_OTHERS_SECONDS = 0.25
 
 
-class ResumedStream:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """One worker that may have it."""
+
+    worker: WorkerClient
+    call: GenerateCall
+    first: asyncio.Task[pb.GenerateResponse | None]  # its first message
+
+    @property
+    def admitted_at(self) -> int:
+        """When the worker that has it began it."""
+        message = self.first.result()
+        return 0 if message is None else message.resumed.created_at.ToNanoseconds()
+
+
+class ResumedStream(WorkerStream):
     """Asks all workers at once, since any of them may have it, and reads from the one that does."""
 
-    num_failovers = 0  # of what came before it, too little is known to go on elsewhere
-
     def __init__(self, workers: WorkerPool, request: pb.GenerateRequest) -> None:
-        self._workers = workers
-        self._request = request
-        self._call: GenerateCall | None = None  # once it is found
-        self._calls: dict[_First, GenerateCall] = {}  # until then
-        self._finding: asyncio.Task[pb.GenerateResponse | None] | None = None
-        self._is_cancelled = False
+        super().__init__(workers, request, seconds_of(request))
+        self._resume = request.resume
+        # of this call; the generation has a deadline of its own
+        request.ClearField("timeout")
+        if workers.has_others and not self._resume.snapshot:
+            self._resume.is_continuable = True
 
-    def cancel(self) -> None:
-        """Cancels what still runs; a reader gets CancelledError."""
-        self._is_cancelled = True
-        if self._call is not None:
-            self._call.cancel()
-        if self._finding is not None:
-            self._finding.cancel()
-
-    async def read(self) -> pb.GenerateResponse | None:
-        """The next message, or None after the last one. Raises: EdgeError."""
-        if self._call is not None:
-            return await self._read(self._call)
-        return await self._unless_cancelled(self._find())
-
-    async def _find(self) -> pb.GenerateResponse | None:
-        """The first message, from the one worker that has the stream."""
-        clients = await self._workers.reachable()
-        seconds = min(self._workers.settings.request_timeout_seconds, seconds_of(self._request))
-        self._request.ClearField(
-            "timeout"
-        )  # of this call; the generation has a deadline of its own
-        calls = [client.generate(self._request, seconds) for client in clients]
-        self._calls = {asyncio.ensure_future(self._read(call)): call for call in calls}
+    async def _begin(self) -> pb.GenerateResponse | None:
         try:
-            message = await self._first_of_all()
+            asked = await self._unless_cancelled(self._find())
         except EdgeError as error:
             self._count((error.reason or error.type).lower())
             raise
-        else:
-            self._count("resumed")
+        self._count("resumed")
+        message = asked.first.result()
+        if message is None or not message.HasField("resumed"):
             return message
+        if self._settings.failover_attempts and message.resumed.HasField("request"):
+            self._learn(message.resumed)
+        return await self._go_on(asked.call)
+
+    def _learn(self, resumed: pb.Resumed) -> None:
+        """Takes over what is needed to go on elsewhere."""
+        request = resumed.request
+        self._deadline = min(self._deadline, self._clock() + seconds_of(request))
+        if self._request.HasField("caller"):
+            request.caller.CopyFrom(self._request.caller)
+        request.request_id = resumed.started.request_id
+        self._request = request
+        self._delivered = Delivered.before(self._resume, resumed, self._settings.failover_tokens)
+
+    async def _find(self) -> _Asked:
+        """The worker that has the stream: of several the one that began it last, which went on for the others."""
+        clients = await self._workers.reachable()
+        seconds = self._deadline - self._clock()
+        asked = []
+        for client in clients:
+            call = client.generate(self._request, seconds)
+            asked.append(_Asked(client, call, asyncio.ensure_future(self._read(call))))
+        found: _Asked | None = None
+        try:
+            found = await self._latest(asked)
+            self._worker, self._call = found.worker, found.call
+            return found
         finally:
-            for task, call in self._calls.items():
-                task.cancel()
-                call.cancel()
+            for one in asked:
+                if one is not found:
+                    one.first.cancel()
+                    one.call.cancel()
+
+    async def _latest(self, asked: list[_Asked]) -> _Asked:
+        found: list[_Asked] = []
+        errors: list[EdgeError] = []
+        waiting = {one.first: one for one in asked}
+        while waiting:
+            done, _ = await asyncio.wait(
+                waiting,
+                timeout=_OTHERS_SECONDS if found else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not done:
+                break
+            for one in map(waiting.pop, done):
+                error = one.first.exception()
+                if error is None:
+                    found.append(one)
+                elif isinstance(error, EdgeError):
+                    errors.append(error)
+                else:
+                    raise error
+        if found:
+            return max(found, key=lambda one: one.admitted_at)
+        # One that has the stream and refuses says more than one that has not. One that was lost has lost its streams
+        # too, but of workers that are all lost nothing is known.
+        raise min(errors, key=_rank)
 
     def _count(self, outcome: str) -> None:
-        if not self._request.resume.snapshot:  # for which nobody has left
+        if not self._resume.snapshot:  # for which nobody has left
             self._workers.metrics.resumes.labels(outcome).inc()
 
-    async def _first_of_all(self) -> pb.GenerateResponse | None:
-        errors: list[EdgeError] = []
-        while self._calls:
-            done, _ = await asyncio.wait(self._calls, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                call = self._calls.pop(task)
-                error = task.exception()
-                if error is None:
-                    self._call = call
-                    return task.result()
-                if not isinstance(error, EdgeError):
-                    raise error
-                if error.reason != STREAM_NOT_FOUND and not is_lost(error):
-                    raise error  # it has the stream, and refuses
-                errors.append(error)
-        # One that was lost has lost its streams too, but of workers that are all lost nothing is known.
-        raise next((error for error in errors if not is_lost(error)), errors[0])
 
-    async def _unless_cancelled(
-        self, finding: Coroutine[Any, Any, pb.GenerateResponse | None]
-    ) -> pb.GenerateResponse | None:
-        self._finding = asyncio.create_task(finding, name="resume")
-        if self._is_cancelled:
-            self._finding.cancel()
-        try:
-            return await self._finding
-        finally:
-            self._finding = None
-
-    async def _read(self, call: GenerateCall) -> pb.GenerateResponse | None:
-        try:
-            message = await call.read()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._is_cancelled or task is None or task.cancelling():
-                raise
-            # A worker that stops in the middle of a call ends it with CANCELLED, which is no wish of ours.
-            raise from_status(grpc.StatusCode.UNAVAILABLE, None, None) from None
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from None
-        return message if isinstance(message, pb.GenerateResponse) else None  # grpc.aio.EOF
+def _rank(error: EdgeError) -> int:
+    return 2 if is_lost(error) else int(error.reason == STREAM_NOT_FOUND)

@@ -1,6 +1,7 @@
-"""One prompt's stream of messages, from one worker and, where that is lost, from the next."""
+"""One stream of messages, from one worker and, where that is lost, from the next."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -9,23 +10,18 @@ import structlog
 
 from edge.delivered import Delivered
 from edge.errors import EdgeError, from_status
-from edge.request_timeout import duration, seconds_of
+from edge.request_timeout import duration
 from edge.worker_client import GenerateCall, WorkerClient, error_from_call
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 T = TypeVar("T")
 
-# A refusal for want of room holds for one worker. One more is asked, and only if it has not lately refused itself:
-# where all are overloaded a request costs one refusal, and never more than two, however many workers there are.
-_REFUSALS = 2
-# How long after a request's deadline its call ends: the worker ends it at the deadline, and says how that was.
-GRACE_SECONDS = 2.0
-_LEAST_SECONDS = 0.001
-# This one holds for a key wherever it goes.
-_KEY_LIMIT = "KEY_LIMIT"
 # Of a worker that stops in order; no request can be the cause of that.
-_STOPPING = frozenset({"DRAINING", "SHUTDOWN"})
+STOPPING = frozenset({"DRAINING", "SHUTDOWN"})
+# How long after a request's deadline its call ends: the worker ends it at the deadline, and says how that was.
+_GRACE_SECONDS = 2.0
+_LEAST_SECONDS = 0.001
 # The connection broke; or the worker, which has no other cause to, cancelled the call while it ended.
 _LOST = frozenset({grpc.StatusCode.UNAVAILABLE.name, grpc.StatusCode.CANCELLED.name})
 # In what gRPC says of a worker that the request did not come to.
@@ -37,28 +33,31 @@ _PAUSE_SECONDS = 0.25
 _log = structlog.get_logger("edge.worker")
 
 
-class WorkerStream:
-    """Begins on the least busy worker; begun, it is continued where that is lost.
+class WorkerStream(ABC):
+    """However it begins; begun, it is continued where its worker is lost.
 
     The reader gets one stream, of one header and of numbers without gaps.
     """
 
-    def __init__(self, workers: WorkerPool, request: pb.GenerateRequest) -> None:
+    def __init__(self, workers: WorkerPool, request: pb.GenerateRequest, seconds: float) -> None:
+        """`seconds` are left for the request."""
         self._workers = workers
         self._settings = workers.settings
         self._request = request
         self._clock = asyncio.get_running_loop().time
         limit = workers.settings.request_timeout_seconds
-        self._deadline = self._clock() + min(limit, seconds_of(request))
+        self._deadline = self._clock() + min(limit, seconds)
         self._worker: WorkerClient | None = None
-        self._call: GenerateCall | None = None
+        self._call: GenerateCall | None = None  # once begun
         self._delivered: Delivered | None = None  # once begun, if it can be continued
         self._waiting: asyncio.Future[Any] | None = None
         self._num_lost = 0
         self.num_failovers = 0
         self._is_cancelled = False
-        if workers.has_others and self._settings.failover_attempts:
-            request.is_continuable = True
+
+    @abstractmethod
+    async def _begin(self) -> pb.GenerateResponse | None:
+        """The first message; sets what is known only now. Raises: EdgeError."""
 
     def cancel(self) -> None:
         """Cancels what still runs; a reader gets CancelledError. A call is never abandoned: nothing else ends it."""
@@ -72,83 +71,36 @@ class WorkerStream:
         """The next message, or None after the last one. Raises: EdgeError."""
         if self._call is None:
             return await self._begin()
+        return await self._go_on(self._call)
+
+    async def _go_on(self, call: GenerateCall) -> pb.GenerateResponse | None:
+        """The next message of a call that has begun, or of another worker's where its worker is lost."""
+        delivered = self._delivered
         while True:
             try:
-                message = await self._read(self._call)
+                message = await self._read(call)
             except EdgeError as error:
-                if self._delivered is not None and self._delivered.is_whole and _is_lost(error):
+                if delivered is not None and delivered.is_whole and is_call_lost(error):
                     return None  # all but the status has come
-                await self._move(error)
+                call = await self._move(error, delivered)
+                if delivered is not None and not delivered.is_begun:
+                    return delivered.header(self._request.annotation)
                 continue
-            if message is not None and self._delivered is not None:
-                self._delivered.take(message)
+            if message is not None and delivered is not None:
+                delivered.take(message)
                 if message.delta.token_ids and not self._request.output.token_ids:
                     message.delta.ClearField("token_ids")  # nobody but us asked for them
             return message
 
-    async def _begin(self) -> pb.GenerateResponse | None:
-        until = self._clock() + self._settings.connect_timeout_seconds
-        worker = self._workers.pick()
-        if worker is None:
-            worker = await self._unless_cancelled(self._workers.serving())
-        tried: list[WorkerClient] = []
-        while True:
-            try:
-                message = await self._ask(worker)
-            except EdgeError as error:
-                tried.append(worker)
-                other = await self._other(tried, error, until)
-                if other is None:
-                    raise
-                self._workers.metrics.retries.inc()
-                worker = other
-                continue
-            if message is not None and message.started.is_continuable:
-                self._delivered = Delivered(message.started, self._settings.failover_tokens)
-            return message
-
-    async def _ask(self, worker: WorkerClient) -> pb.GenerateResponse | None:
-        """The first message. Raises also what the worker said to a request like this one a moment ago."""
-        key_id = self._request.caller.key_id
-        refusal = worker.refusals.repeated(key_id)
-        if refusal is not None:
-            self._workers.metrics.repeated_refusals.inc()
-            raise refusal
-        call = self._generate(worker, self._request)
-        try:
-            message = await self._read(call)
-        except EdgeError as error:
-            if _is_want_of_room(error):
-                worker.refusals.note(key_id, error)
-            raise
-        worker.began(call)
-        return message
-
-    async def _other(
-        self, tried: list[WorkerClient], error: EdgeError, until: float
-    ) -> WorkerClient | None:
-        """Another worker for a request that the last one did not begin, unless it has been to enough of them."""
-        if _is_lost(error):
-            if not self._may_go_on_after(error):
-                return None
-            if error.reason in _STOPPING:
-                # Of workers restarted one after the other the next may stop just before the last one is known to serve.
-                return await self._next(list(tried), until)
-            return self._workers.pick(tried)
-        if _is_want_of_room(error):
-            other = self._workers.pick(tried)
-            if len(tried) < _REFUSALS and other is not None and not other.refusals.is_full:
-                return other
-        return None
-
-    async def _move(self, error: EdgeError) -> None:
-        """Goes on with the stream on another worker. Raises the error where that cannot be."""
-        delivered = self._delivered
-        if delivered is None or not _is_lost(error) or self._worker is None:
+    async def _move(self, error: EdgeError, delivered: Delivered | None) -> GenerateCall:
+        """The call by which another worker goes on with the stream. Raises the error where that cannot be."""
+        if delivered is None or not is_call_lost(error) or self._worker is None:
             raise error
         lost, number = self._worker, delivered.sequence_number
-        is_moved = not delivered.is_too_long and await self._continue(delivered, lost, error)
-        outcome = "continued" if is_moved else "failed"
+        call = None
+        if not delivered.is_too_long:
+            call = await self._continue(delivered, lost, error)
+        outcome = "failed" if call is None else "continued"
         self._workers.metrics.failovers.labels(outcome).inc()
         _log.warning(
             "stream lost its worker",
@@ -158,32 +110,36 @@ class WorkerStream:
             sequence_number=number,
             grpc_details=error.grpc_details,
         )
-        if not is_moved:
+        if call is None:
             raise error
         self.num_failovers += 1
+        return call
 
-    async def _continue(self, delivered: Delivered, lost: WorkerClient, error: EdgeError) -> bool:
-        """Whether another worker has taken the stream within the time that there is."""
+    async def _continue(
+        self, delivered: Delivered, lost: WorkerClient, error: EdgeError
+    ) -> GenerateCall | None:
+        """The call to another worker that has taken the stream within the time that there is."""
         until = min(self._clock() + self._settings.failover_seconds, self._deadline)
         unfit = [lost]
         while self._may_go_on_after(error):
             worker = await self._next(unfit, until)
             if worker is None:
-                return False
+                return None
             rest = delivered.rest_of(self._request)
             try:
-                message = await self._read(self._generate(worker, rest))
+                call = self._generate(worker, rest)
+                message = await self._read(call)
             except EdgeError as refusal:
-                if not (_is_lost(refusal) or _may_pass(refusal)):
+                if not (is_call_lost(refusal) or _may_pass(refusal)):
                     _log.error(
                         "continuation refused", request_id=rest.request_id, error=str(refusal)
                     )
-                    return False
+                    return None
                 error = refusal
                 unfit.append(worker)
                 continue
-            return message is not None and message.HasField("started")
-        return False
+            return call if message is not None and message.HasField("started") else None
+        return None
 
     async def _next(self, unfit: list[WorkerClient], until: float) -> WorkerClient | None:
         """A worker that is not unfit; after a pause any that serves. None if there is none in time."""
@@ -200,7 +156,7 @@ class WorkerStream:
     def _may_go_on_after(self, error: EdgeError) -> bool:
         """Counts the workers that this very request may have killed, so that it does not kill them all."""
         was_reached = _UNREACHED not in (error.grpc_details or "").lower()
-        if _is_lost(error) and error.reason not in _STOPPING and was_reached:
+        if is_call_lost(error) and error.reason not in STOPPING and was_reached:
             self._num_lost += 1
         return self._num_lost <= self._settings.failover_attempts
 
@@ -210,7 +166,7 @@ class WorkerStream:
         left = max(self._deadline - self._clock(), _LEAST_SECONDS)
         request.timeout.CopyFrom(duration(left))
         self._worker = worker
-        self._call = worker.generate(request, left + GRACE_SECONDS)
+        self._call = worker.generate(request, left + _GRACE_SECONDS)
         return self._call
 
     async def _read(self, call: GenerateCall) -> pb.GenerateResponse | None:
@@ -220,8 +176,8 @@ class WorkerStream:
             task = asyncio.current_task()
             if self._is_cancelled or task is None or task.cancelling():
                 raise
-            # grpc.aio raises this also when the worker itself ends the call with CANCELLED.
-            raise from_status(grpc.StatusCode.CANCELLED, None, None) from None
+            # A worker that stops in the middle of a call ends it with CANCELLED, which is no wish of ours.
+            raise from_status(grpc.StatusCode.UNAVAILABLE, None, None) from None
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error) from None
         return message if isinstance(message, pb.GenerateResponse) else None  # grpc.aio.EOF
@@ -237,13 +193,9 @@ class WorkerStream:
             self._waiting = None
 
 
-def _is_lost(error: EdgeError) -> bool:
+def is_call_lost(error: EdgeError) -> bool:
+    """Whether a call ended with its worker."""
     return error.grpc_code in _LOST
-
-
-def _is_want_of_room(error: EdgeError) -> bool:
-    """Whether another worker may have the room. A 413 is of the request's size, which none would take."""
-    return error.status == 429 and error.reason != _KEY_LIMIT
 
 
 def _may_pass(error: EdgeError) -> bool:

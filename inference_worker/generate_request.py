@@ -24,8 +24,8 @@ from inference_worker.field_rules import (
     refuse_unknown_fields,
 )
 from inference_worker.grammar.source import GrammarSource, read_constraint
-from inference_worker.kept_streams import read_terms
 from inference_worker.prompt import check_fits, check_prompt
+from inference_worker.resume_terms import read_terms
 from inference_worker.served_model import ModelInfo
 from protos.sluice.v1 import generation_pb2 as pb
 

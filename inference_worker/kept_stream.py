@@ -6,8 +6,9 @@ import asyncio
 import hmac
 import secrets
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
+
+from google.protobuf import timestamp_pb2
 
 from inference_worker.engine.event import FinishReason
 from inference_worker.errors import (
@@ -17,56 +18,16 @@ from inference_worker.errors import (
     SluiceError,
     StreamGone,
 )
+from inference_worker.keeper import Keeper
+from inference_worker.origin import Origin
 from inference_worker.parkable import Messages, Parkable
 from inference_worker.replay import Replay
 from inference_worker.request_log import get_logger
+from inference_worker.resume_terms import ResumeTerms
 from inference_worker.stream_reader import StreamReader
 from protos.sluice.v1 import generation_pb2 as pb
 
 _ID_BYTES: Final = 24  # 192 random bits
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeTerms:
-    """What a request asked for besides its stream."""
-
-    window: float  # seconds
-    key_id: str  # empty where there are no keys
-    tag: str | None
-    annotation: bytes
-    sends_token_ids: bool = (
-        True  # also to those who resume it; else only a caller that may continue it gets them
-    )
-    is_continuable: bool = False  # whether the one that began it may continue it
-    parked_bytes: int = 0  # that its request takes, if it is kept to be parked
-    # Of a stream that another worker began:
-    resume_id: str | None = None  # its name there
-    header_number: int | None = None  # of the header here; there it was another message's
-
-    @property
-    def num_bytes(self) -> int:
-        """What is kept besides the messages."""
-        return len(self.annotation) + self.parked_bytes
-
-
-class Keeper(Protocol):
-    """Who keeps streams, and is told what becomes of them."""
-
-    def note_begin(self, stream: KeptStream) -> None:
-        """It was admitted."""
-        ...
-
-    def has_room(self) -> bool:
-        """Whether a message more may be kept."""
-        ...
-
-    def note_end(self, stream: KeptStream) -> None:
-        """All of its messages are there."""
-        ...
-
-    def note_forgotten(self, stream: KeptStream) -> None:
-        """Nothing of it is to be kept any longer."""
-        ...
 
 
 class KeptStream:
@@ -77,13 +38,18 @@ class KeptStream:
     reader at a time: the newest.
     """
 
-    def __init__(self, terms: ResumeTerms, replay: Replay, keeper: Keeper) -> None:
+    def __init__(
+        self, terms: ResumeTerms, replay: Replay, keeper: Keeper, origin: Origin | None = None
+    ) -> None:
         self.resume_id = terms.resume_id or f"rs_{secrets.token_hex(_ID_BYTES)}"
         self.terms = terms
         self.replay = replay
         self.request_id: str | None = None  # known once it has begun
         self.is_over = False  # all of its messages are there
         self._keeper = keeper
+        self._created_at = timestamp_pb2.Timestamp()
+        self._origin = origin
+        self._count_origin()
         self._is_kept = True
         self.is_forgotten = False  # but for its reader
         self._is_expired = False  # and kept for its reader alone
@@ -134,8 +100,10 @@ class KeptStream:
         if not self.is_read:
             self.cancel()
 
-    def resume(self, number: int, *, is_snapshot: bool) -> Messages:
+    def resume(self, number: int, *, is_snapshot: bool, is_continuable: bool) -> Messages:
         """The messages from this number on: to the stream's end, or those that there are now.
+
+        With `is_continuable` its reader may go on with it at another worker, and is first told how.
 
         Raises: InvalidField, if the number before has not been read by anybody; StreamGone, if this one is no longer
         kept, or another worker had it; once iterated, as `read`. Who is refused takes the stream from nobody.
@@ -146,15 +114,40 @@ class KeptStream:
             raise InvalidField(
                 "resume.after_sequence_number", f"there is no message {number - 1} yet"
             )
-        return self._read_snapshot(number) if is_snapshot else self.read(number, is_resumed=True)
+        if is_snapshot:
+            return self._read_snapshot(number)
+        return self._read_again(number, is_continuable=is_continuable)
 
-    async def read(self, number: int | None = None, *, is_resumed: bool = False) -> Messages:
-        """The messages from this number or the first on, to the stream's end. Takes it over from whoever reads it.
+    def read(self) -> Messages:
+        """All messages, for who began it. Raises, once iterated: as `resume`'s."""
+        return self._read(
+            self.terms.header_number or 0,
+            is_resumed=False,
+            has_token_ids=self.terms.sends_token_ids or self.terms.is_continuable,
+        )
+
+    async def _read_again(self, number: int, *, is_continuable: bool) -> Messages:
+        if is_continuable:
+            resumed = pb.Resumed(created_at=self._created_at)
+            if self._origin is not None:
+                left = None if self._parkable is None else self._parkable.seconds_left
+                await self._origin.tell(resumed, self.replay, number, left)
+            if is_continuable := resumed.HasField("request"):
+                resumed.request.annotation = self.terms.annotation
+            yield pb.GenerateResponse(resumed=resumed)
+        has_token_ids = self.terms.sends_token_ids or is_continuable
+        messages = self._read(number, is_resumed=True, has_token_ids=has_token_ids)
+        async with aclosing(messages):
+            async for message in messages:
+                yield message
+
+    async def _read(self, number: int, *, is_resumed: bool, has_token_ids: bool) -> Messages:
+        """The messages from this number on, to the stream's end. Takes it over from whoever reads it.
 
         Raises: SluiceError, which may be TakenOver, StreamGone, or what the stream failed with.
         """
-        if number is None:
-            number = self.terms.header_number or 0
+        if not self._is_kept:  # any longer, since it was found
+            raise StreamGone(self._first)
         reader = self._attach(number)
         try:
             while self._is_waking:
@@ -167,7 +160,7 @@ class KeptStream:
                     self._is_begun = True
                     number += 1
                     reader.move(number)
-                    yield self._shown(message, is_resumed=is_resumed)
+                    yield self._shown(message, is_resumed=is_resumed, has_token_ids=has_token_ids)
                     reader.check()
                 if self.is_over:
                     break
@@ -183,7 +176,7 @@ class KeptStream:
         for there in range(number, self.replay.end):
             if (message := self.replay.read(there)) is None:  # joined meanwhile
                 break
-            yield self._shown(message, is_resumed=True)
+            yield self._shown(message, is_resumed=True, has_token_ids=self.terms.sends_token_ids)
         if is_over and self._error is not None:
             raise self._error
 
@@ -198,14 +191,15 @@ class KeptStream:
         if self._reader is not None:
             await self._reader.left.wait()
 
-    def _shown(self, message: pb.GenerateResponse, *, is_resumed: bool) -> pb.GenerateResponse:
+    def _shown(
+        self, message: pb.GenerateResponse, *, is_resumed: bool, has_token_ids: bool
+    ) -> pb.GenerateResponse:
         """A message as its reader gets it."""
-        terms = self.terms
         if message.HasField("delta"):
-            if not (terms.sends_token_ids or (terms.is_continuable and not is_resumed)):
+            if not has_token_ids:
                 message.delta.ClearField("token_ids")
-        elif is_resumed and message.HasField("started") and terms.annotation:
-            message.started.annotation = terms.annotation
+        elif is_resumed and message.HasField("started") and self.terms.annotation:
+            message.started.annotation = self.terms.annotation
         return message
 
     async def _fill(self, messages: Messages) -> None:
@@ -255,8 +249,17 @@ class KeptStream:
             if reader is not None and reader.number <= self.replay.first < self.replay.end:
                 reader.moved.clear()
                 await reader.moved.wait()
-            elif not self.replay.drop_oldest():
+            elif not self._drop_oldest():
                 return
+
+    def _drop_oldest(self) -> bool:
+        """Drop the oldest message. False: there is none."""
+        if (dropped := self.replay.drop_oldest()) is None:
+            return False
+        if self._origin is not None:
+            self._origin.drop(dropped)
+            self._count_origin()
+        return True
 
     def _begin(self, started: pb.Started) -> bool:
         """It was admitted. False: again, which nobody need be told."""
@@ -269,8 +272,15 @@ class KeptStream:
         started.resume_window.FromNanoseconds(round(self.terms.window * 1e9))
         is_parkable = self._parkable is not None
         started.while_unread = pb.WHILE_UNREAD_PARK if is_parkable else pb.WHILE_UNREAD_CONTINUE
+        self._created_at.CopyFrom(started.created_at)
+        if self._origin is not None:
+            self._origin.begin(started)
+            self._count_origin()
         self._keeper.note_begin(self)
         return True
+
+    def _count_origin(self) -> None:
+        self.replay.count_beside(0 if self._origin is None else self._origin.num_bytes)
 
     def _park(self) -> None:
         """Nobody reads: have the generation leave the engine, if it can come back."""
@@ -314,7 +324,7 @@ class KeptStream:
             self._task.cancel()
             self._task = None
         for message in () if error else self._parkable.footers(reason):
-            while self._is_full() and self.replay.drop_oldest():
+            while self._is_full() and self._drop_oldest():
                 pass
             self.replay.append(message)
         self._parkable.forget()

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
 from inference_worker.errors import InvalidField, StreamNotFound
-from inference_worker.field_rules import (
-    check_count,
-    check_range,
-    read_duration,
-    refuse_unknown_fields,
-)
-from inference_worker.kept_stream import KeptStream, ResumeTerms
+from inference_worker.field_rules import refuse_unknown_fields
+from inference_worker.kept_stream import KeptStream
+from inference_worker.origin import Origin
 from inference_worker.replay import MESSAGE_OVERHEAD, Replay
+from inference_worker.resume_terms import ResumeTerms
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 
-_RESUME_ID: Final = re.compile(r"rs_[0-9a-f]{48}")
-_MAX_WINDOW_SECONDS: Final = 86_400  # longer ones are a mistake in the unit
-# The contract's, which its callers count on: a name, and what it stands for. How much memory may go for annotations is
-# --replay-bytes' and --replay-total-bytes' to say.
-_MAX_TAG_CHARS: Final = 256
-_MAX_ANNOTATION_BYTES: Final = 1024 * 1024
+# What another worker would need to go on with a stream takes no more than this part of the stream's bytes.
+_MAX_ORIGIN_SHARE: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +69,22 @@ class KeptStreams:
         """How many of them wait for a reader to go on."""
         return sum(stream.is_parked for stream in self._streams.values())
 
-    def open(self, terms: ResumeTerms) -> KeptStream | None:
-        """Begin to keep a stream; None if there is no room for it."""
+    def open(self, terms: ResumeTerms, origin: Origin | None = None) -> KeptStream | None:
+        """Begin to keep a stream; None if there is no room for it. With an origin another worker may go on with it."""
         limits = self._limits
         terms = replace(terms, window=min(terms.window, limits.max_seconds))
         room = limits.max_bytes - len(terms.annotation)
         if terms.window == 0 or room <= MESSAGE_OVERHEAD:
             return None
-        if not self._could_hold(terms.num_bytes):
+        if origin is not None:
+            origin.limit(room // _MAX_ORIGIN_SHARE)
+        if not self._could_hold(terms.num_bytes + (0 if origin is None else origin.num_bytes)):
             return None
         if terms.resume_id in self._streams:
             terms = replace(terms, resume_id=None)
         first = terms.header_number or 0
-        stream = KeptStream(terms, Replay(limits.max_messages, room, self._grow, first), self)
+        replay = Replay(limits.max_messages, room, self._grow, first)
+        stream = KeptStream(terms, replay, self, origin)
         self._grow(terms.num_bytes)
         self._streams[stream.resume_id] = stream
         return stream
@@ -99,6 +94,8 @@ class KeptStreams:
         refuse_unknown_fields(resume, "resume")
         if bool(resume.resume_id) == bool(resume.resume_tag):
             raise InvalidField("resume.resume_id", "give either resume_id or resume_tag")
+        if resume.is_continuable and resume.snapshot:
+            raise InvalidField("resume.is_continuable", "not together with snapshot")
         if resume.resume_tag:
             stream = self._tagged.get((key_id, resume.resume_tag))
         else:
@@ -177,40 +174,3 @@ class KeptStreams:
 
     def _grow(self, size: int) -> None:
         self.num_bytes += size
-
-
-def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
-    """What a request asks to be kept, or None if nothing. Raises: InvalidField."""
-    if not message.HasField("resume_window"):
-        for name in ("resume_tag", "annotation"):
-            if message.HasField(name):
-                raise InvalidField(name, "only with resume_window")
-        if message.while_unread:
-            raise InvalidField("while_unread", "only with resume_window")
-        if message.continuation.HasField("resume_id"):
-            raise InvalidField("continuation.resume_id", "only with resume_window")
-        return None
-    seconds = read_duration("resume_window", message.resume_window)
-    check_range("resume_window", seconds, 0, _MAX_WINDOW_SECONDS, above_low=True)
-    if message.HasField("resume_tag") and not 1 <= len(message.resume_tag) <= _MAX_TAG_CHARS:
-        raise InvalidField("resume_tag", f"must be 1 to {_MAX_TAG_CHARS} characters")
-    if message.while_unread not in pb.WhileUnread.values():
-        raise InvalidField("while_unread", f"there is no {message.while_unread}")
-    check_count("annotation", len(message.annotation), _MAX_ANNOTATION_BYTES, "bytes")
-    continuation = message.continuation
-    resume_id = continuation.resume_id if continuation.HasField("resume_id") else None
-    if resume_id is not None and not _RESUME_ID.fullmatch(resume_id):
-        raise InvalidField("continuation.resume_id", "must be what `started` told")
-    return ResumeTerms(
-        window=seconds,
-        key_id=message.caller.key_id,
-        tag=message.resume_tag if message.HasField("resume_tag") else None,
-        annotation=message.annotation,
-        sends_token_ids=message.output.token_ids,
-        is_continuable=message.is_continuable,
-        parked_bytes=message.ByteSize() if message.while_unread == pb.WHILE_UNREAD_PARK else 0,
-        resume_id=resume_id,
-        header_number=(
-            continuation.sequence_number if continuation.HasField("sequence_number") else None
-        ),
-    )

@@ -50,7 +50,7 @@ class Parkable:
         self._request.CopyFrom(request)
         self._call_deadline = call_deadline  # of the first part
         self._deadline = deadline_of(request, call_deadline, time.monotonic())
-        self._seconds_left: float | None = None  # once parked; the clock stands still then
+        self._seconds_left: float | None = None  # while parked; the clock stands still then
         self._generate = generate
         self._registry = registry
         self._given = DeliveredChoices(request.continuation.choices)
@@ -67,6 +67,13 @@ class Parkable:
     def is_late(self) -> bool:
         """Whether it was parked when its time was over."""
         return self._seconds_left == 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its deadline, as far as its clock goes. None: it has no deadline."""
+        if self._deadline is None or self._seconds_left is not None:
+            return self._seconds_left
+        return max(0.0, self._deadline - time.monotonic())
 
     def messages(self) -> Messages:
         """The first part, or what is left, with a header of its own. Raises, once iterated: SluiceError."""
@@ -144,3 +151,4 @@ class Parkable:
             seconds = max(self._seconds_left, _LEAST_SECONDS)
             request.timeout.FromNanoseconds(round(seconds * 1e9))
             self._deadline = time.monotonic() + seconds
+            self._seconds_left = None

@@ -45,6 +45,7 @@ class Replay:
         self._on_size = on_size
         self._sealed: deque[bytes] = deque()  # fixed messages
         self._open: deque[_Open] = deque()  # the ones after them
+        self._num_bytes_beside = 0
         self.first = first  # number of the oldest that is kept
         self.num_bytes = 0
 
@@ -88,21 +89,28 @@ class Replay:
             return message
         return pb.GenerateResponse.FromString(self._sealed[number - self.first])
 
-    def drop_oldest(self) -> bool:
-        """Forget the oldest message. False: there is none."""
+    def drop_oldest(self) -> bytes | None:
+        """Forget the oldest message, and give it; None: there is none."""
         if self.first == self.end:
-            return False
+            return None
         if not self._sealed:
             self._seal()
-        self._grow(-len(self._sealed.popleft()) - MESSAGE_OVERHEAD)
+        message = self._sealed.popleft()
+        self._grow(-len(message) - MESSAGE_OVERHEAD)
         self.first += 1
-        return True
+        return message
+
+    def count_beside(self, size: int) -> None:
+        """Count this many bytes with the messages': something else that is kept for the same stream takes them."""
+        self._grow(size - self._num_bytes_beside)
+        self._num_bytes_beside = size
 
     def clear(self) -> None:
         """Forget everything."""
         self.first = self.end
         self._sealed.clear()
         self._open.clear()
+        self._num_bytes_beside = 0
         self._grow(-self.num_bytes)
 
     def _seal(self) -> pb.GenerateResponse:

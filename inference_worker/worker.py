@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 from inference_worker.admission import Admission, AdmissionLimits
 from inference_worker.caller import check_key_id, read_caller
 from inference_worker.count_limits import CountLimits
-from inference_worker.deadline import deadline_of, read_timeout
+from inference_worker.deadline import deadline_of
 from inference_worker.engine.event import FinishReason
 from inference_worker.errors import (
     InternalError,
@@ -28,14 +28,16 @@ from inference_worker.generate_response import sampling_message
 from inference_worker.generation import Backend, Generation
 from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler
 from inference_worker.kept_stream import KeptStream
-from inference_worker.kept_streams import KeptStreams, ReplayLimits, read_terms
+from inference_worker.kept_streams import KeptStreams, ReplayLimits
 from inference_worker.load_metrics import LoadMetrics
 from inference_worker.metrics import WorkerMetrics
+from inference_worker.origin import Origin
 from inference_worker.parkable import Parkable
 from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
 from inference_worker.request_metrics import RequestMetrics
+from inference_worker.resume_terms import read_terms
 from inference_worker.served_model import Served
 from inference_worker.settings import WorkerSettings
 from inference_worker.step_watchdog import EngineHangs, StepWatchdog
@@ -157,7 +159,7 @@ class Worker:
         """
         if message.HasField("resume"):
             return self._resume(message)
-        stream = None if self._admission.is_draining else self._keep(message)
+        stream = None if self._admission.is_draining else self._keep(message, deadline)
         if stream is None:
             return self._generate(message, deadline)
         if message.while_unread == pb.WHILE_UNREAD_PARK and self._served.takes_continuations:
@@ -166,14 +168,16 @@ class Worker:
             stream.start(self._generate(message, deadline))
         return stream.read()
 
-    def _keep(self, message: pb.GenerateRequest) -> KeptStream | None:
+    def _keep(self, message: pb.GenerateRequest, deadline: float | None) -> KeptStream | None:
         """A place for what the request generates, if it asks for one and there is one."""
         try:
-            terms = read_terms(message)
-            read_timeout(message)
+            if (terms := read_terms(message)) is None:
+                return None
+            ends_at = deadline_of(message, deadline, time.monotonic())
         except SluiceError:  # who reads the request will say so
             return None
-        return None if terms is None else self._kept.open(terms)
+        is_continuable = message.is_continuable and self._served.takes_continuations
+        return self._kept.open(terms, Origin(message, ends_at) if is_continuable else None)
 
     async def _resume(
         self, message: pb.GenerateRequest
@@ -193,7 +197,10 @@ class Worker:
             number = 0
             if resume.HasField("after_sequence_number"):
                 number = resume.after_sequence_number + 1
-            async with aclosing(stream.resume(number, is_snapshot=resume.snapshot)) as messages:
+            resumed = stream.resume(
+                number, is_snapshot=resume.snapshot, is_continuable=resume.is_continuable
+            )
+            async with aclosing(resumed) as messages:
                 async for response in messages:
                     yield response
             status = "OK"

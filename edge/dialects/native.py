@@ -185,7 +185,7 @@ class NativeEncoder(StreamEncoder):
         """The event of one message."""
         kind = message.WhichOneof("event")
         self._next_sequence_number = message.sequence_number + 1
-        if kind is None or kind == "heartbeat":
+        if kind is None or kind == "heartbeat" or kind == "resumed":
             return b""
         if kind == "started" and message.started.HasField("resume_id"):
             self._name, self._is_kept = message.started.resume_id, True

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 
 from tests.edge.sse import Event, parse
 from tests.integration.several_workers import Cluster, running_cluster, wait_until
-from tests.integration.stack import PATIENCE
+from tests.integration.stack import PATIENCE, LoggedProcess
 
 SCRIPTED = "inference_worker.scripted_model"
 TOOL = {
@@ -218,6 +219,170 @@ def test_a_stored_response_that_moved_can_be_ended_though_its_beginning_is_lost(
             list(pieces)
         assert http.delete(path).json()["deleted"]
         assert http.delete(path).status_code == 404
+
+
+# Long enough to be cut off twice; each is begun once on either worker.
+RESUMED: tuple[dict[str, Any], ...] = (
+    {"n": 2, "seed": 5, "temperature": 1.0, "logprobs": 2, "return_token_ids": True},
+    {"seed": 8, "temperature": 1.0, "repetition_penalty": 1.2},  # and a stop sequence
+)
+
+
+def stream_body(fields: dict[str, Any]) -> dict[str, Any]:
+    more = {"max_tokens": 600, "ignore_eos": True, "resume_window": 60}
+    return {"prompt": "What is streaming?", **more, **fields}
+
+
+def joined(events: list[Event]) -> dict[int, dict[str, Any]]:
+    """What the events of the native dialect say together, by choice."""
+    choices: dict[int, dict[str, Any]] = {}
+    assert [event.type for event in events].count("started") == 1
+    numbers = [number_of(event) for event in events]
+    assert numbers == sorted(set(numbers))
+    for data in (event.json() for event in events[1:]):
+        choice = choices.setdefault(
+            data["choice_index"], {"text": "", "token_ids": [], "logprobs": [], "tokens": 0}
+        )
+        assert "error" not in data, data
+        if "finish_reason" in data:
+            choice["reason"] = data["finish_reason"]
+            choice["completion_tokens"] = data.get("usage", {}).get("completion_tokens")
+            continue
+        choice["text"] += data["text"]
+        choice["token_ids"] += data.get("token_ids", [])
+        choice["logprobs"] += data.get("logprobs", [])
+        choice["tokens"] += data["token_count"]
+    return choices
+
+
+class Cut:
+    """A stream of the native dialect whose reader loses one connection after the other."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.body = body
+        self.events: list[Event] = []
+        self._data = b""
+
+    async def open(self, url: str, stack: AsyncExitStack) -> None:
+        """Connects, with the last event's id if there is one, and reads until text has come."""
+        headers = {"last-event-id": self.events[-1].last_event_id} if self.events else {}
+        http = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=url, timeout=PATIENCE, trust_env=False)
+        )
+        response = await stack.enter_async_context(
+            http.stream("POST", "/v1/streams", json=self.body, headers=headers)
+        )
+        assert response.status_code == 200, await response.aread()
+        self._pieces = response.aiter_bytes()
+        self._data = b""
+        while b"event: delta" not in self._data[: self._data.rfind(b"\n\n") + 2]:
+            self._data += await anext(self._pieces)
+
+    def lose(self) -> None:
+        """Keeps the events that came whole."""
+        self.events += parse(self._data[: self._data.rfind(b"\n\n") + 2]).events
+
+    async def read_to_end(self) -> list[Event]:
+        async for piece in self._pieces:
+            self._data += piece
+        self.events += parse(self._data).events
+        return self.events
+
+
+async def cut_by_edge_and_worker(cluster: Cluster, bodies: list[dict[str, Any]]) -> list[Cut]:
+    """Each stream, read through an edge that is killed, then through another one whose worker is killed."""
+    cuts = [Cut(body) for body in bodies]
+    flags = {"host": "127.0.0.1", "port": 0, "failover_seconds": 60}
+    flags["worker"] = ",".join(worker.address for worker in cluster.workers)
+    first = LoggedProcess("edge", flags)
+    async with AsyncExitStack() as stack:
+        port = (await asyncio.to_thread(first.wait_for_line, event="edge listening"))["port"]
+        for cut in cuts:
+            await cut.open(f"http://127.0.0.1:{port}", stack)
+        first.stop(signal.SIGKILL)
+        for cut in cuts:
+            cut.lose()
+        await asyncio.gather(*(cut.open(cluster.url, stack) for cut in cuts))
+        cluster.workers[0].send(signal.SIGKILL)
+        await asyncio.gather(*(cut.read_to_end() for cut in cuts))
+    return cuts
+
+
+def test_a_resumed_stream_outlives_its_worker_too(cluster: Cluster) -> None:
+    def read(body: dict[str, Any], last_event_id: str = "") -> list[Event]:
+        headers = {"last-event-id": last_event_id} if last_event_id else {}
+        url = f"{cluster.url}/v1/streams"
+        response = httpx.post(url, json=body, headers=headers, timeout=PATIENCE)
+        assert response.status_code == 200, response.text
+        return parse(response.content).events
+
+    bodies = [stream_body(fields) for fields in RESUMED]
+    uncut = [joined(read(body)) for body in bodies]
+    bodies[1]["stop"] = [uncut[1][0]["text"][-40:-20]]
+    uncut[1] = joined(read(bodies[1]))
+    assert uncut[1][0]["reason"] == "stop_sequence"
+
+    moved = len(cluster.lines("stream lost its worker"))
+    cuts = asyncio.run(cut_by_edge_and_worker(cluster, [b for b in bodies for _ in range(2)]))
+    for index, cut in enumerate(cuts):
+        assert joined(cut.events) == uncut[index // 2]
+    moves = cluster.lines("stream lost its worker")[moved:]
+    assert {line["outcome"] for line in moves} == {"continued"}
+    assert len(moves) == len(bodies)  # each was once on the worker that was killed
+
+    # what came since it moved is kept where it is now
+    by_id = {cut.events[0].json()["request_id"]: cut for cut in cuts}
+    for line in moves:
+        cut = by_id[line["request_id"]]
+        later = [e for e in cut.events if number_of(e) > line["sequence_number"]]
+        assert read(cut.body, later[0].last_event_id) == later[1:]
+
+    worker = cluster.workers[0]
+    assert worker.wait() == -signal.SIGKILL
+    cluster.restart(worker)
+
+
+def test_responses_and_chats_that_are_read_again_outlive_their_worker_too() -> None:
+    parts = [{"type": "text", "text": "go"}]
+    messages = [{"id": "m1", "role": "user", "parts": parts}]
+    asked = {"model": "default", "input": "go", "max_output_tokens": 500, "stream": True}
+    with (
+        running_cluster(2, {"step_milliseconds": 5}, worker_module=SCRIPTED) as cluster,
+        httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
+        ExitStack() as stack,
+    ):
+        unread = []  # one that is not referred to would be closed
+
+        def begin(method: str, path: str, body: Any = None) -> tuple[bytes, Iterator[bytes]]:
+            response = stack.enter_context(http.stream(method, path, json=body))
+            assert response.status_code == 200
+            pieces, data = response.iter_bytes(), b""
+            unread.append(pieces)
+            while b"delta" not in data:
+                data += next(pieces)
+            return data, pieces
+
+        paths = []
+        for _ in range(2):  # one of each on either worker
+            data, _ = begin("POST", "/v1/responses", asked)
+            response_id = parse(data).events[0].json()["response"]["id"]
+            paths.append(f"/v1/responses/{response_id}?stream=true&starting_after=0")
+        for number in range(2):
+            chat = {"id": f"c{number}", "messages": messages, "maxOutputTokens": 500}
+            begin("POST", "/api/chat", chat)
+            paths.append(f"/api/chat/c{number}/stream")
+        again = [begin("GET", path) for path in paths]
+        assert [worker.load().requests for worker in cluster.workers] == [2, 2]
+        cluster.workers[0].send(signal.SIGKILL)
+        texts = set()
+        for data, pieces in again:
+            events = parse(data + b"".join(pieces)).events
+            told = [event.json() for event in events if event.data != "[DONE]"]
+            assert told[-1]["type"] in ("response.completed", "response.incomplete", "finish")
+            texts.add("".join(one["delta"] for one in told if one["type"].endswith("delta")))
+        assert len(texts) == 1  # those that moved are like those that did not
+        moves = cluster.lines("stream lost its worker")
+        assert [line["outcome"] for line in moves] == ["continued"] * 2
 
 
 def stream_until_text(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:

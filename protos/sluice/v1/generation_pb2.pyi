@@ -220,10 +220,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """
     is_continuable: builtins.bool
     """The caller goes on with the stream by `continuation` on another worker, should this one be lost. Deltas then carry
-    token_ids whether or not output.token_ids asks for them (but not what a Resume reads), those of tokens without text
-    with the next text; and the worker's shutdown ends the stream UNAVAILABLE, with the reason SHUTDOWN, before any text
-    that is held back, where otherwise it ends with FINISH_REASON_SHUTDOWN. Nothing happens on a worker that takes no
-    continuations: `started` tells. Default: false.
+    token_ids whether or not output.token_ids asks for them (but not what a Resume reads, unless that has is_continuable
+    too), those of tokens without text with the next text; and the worker's shutdown ends the stream UNAVAILABLE, with
+    the reason SHUTDOWN, before any text that is held back, where otherwise it ends with FINISH_REASON_SHUTDOWN. Nothing
+    happens on a worker that takes no continuations: `started` tells. Default: false.
     """
     while_unread: Global___WhileUnread.ValueType
     """What becomes of the generation while nobody reads a stream that may be resumed. Only with resume_window. Default:
@@ -619,6 +619,7 @@ class Resume(google.protobuf.message.Message):
     AFTER_SEQUENCE_NUMBER_FIELD_NUMBER: builtins.int
     RESUME_TAG_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
+    IS_CONTINUABLE_FIELD_NUMBER: builtins.int
     resume_id: builtins.str
     """Started.resume_id of that stream. This or resume_tag is required. Only with the caller.key_id that began it."""
     after_sequence_number: builtins.int
@@ -629,6 +630,11 @@ class Resume(google.protobuf.message.Message):
     """Read what there is by now, and leave the stream to whoever reads it. Otherwise this call takes it over: the other
     one ends ABORTED. Default: false.
     """
+    is_continuable: builtins.bool
+    """The caller goes on with the stream by `continuation` on another worker, should this one be lost: `resumed` comes
+    before the messages, and deltas carry token_ids, if the request that began the stream has is_continuable too. Not
+    with snapshot. Default: false.
+    """
     def __init__(
         self,
         *,
@@ -636,9 +642,10 @@ class Resume(google.protobuf.message.Message):
         after_sequence_number: builtins.int | None = ...,
         resume_tag: builtins.str = ...,
         snapshot: builtins.bool = ...,
+        is_continuable: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number", "resume_id", b"resume_id", "resume_tag", b"resume_tag", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_after_sequence_number", b"_after_sequence_number", "after_sequence_number", b"after_sequence_number", "is_continuable", b"is_continuable", "resume_id", b"resume_id", "resume_tag", b"resume_tag", "snapshot", b"snapshot"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_after_sequence_number", b"_after_sequence_number"]) -> typing.Literal["after_sequence_number"] | None: ...
 
 Global___Resume: typing_extensions.TypeAlias = Resume
@@ -981,6 +988,7 @@ class GenerateResponse(google.protobuf.message.Message):
     DELTA_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    RESUMED_FIELD_NUMBER: builtins.int
     sequence_number: builtins.int
     """Counts the messages of a stream from 0, without gaps."""
     @property
@@ -999,6 +1007,12 @@ class GenerateResponse(google.protobuf.message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Nothing happened for a while: the worker is alive and the request still waits or runs."""
 
+    @property
+    def resumed(self) -> Global___Resumed:
+        """What is resumed. Comes before the messages of a Resume that asks for it, and never elsewhere; it is none of the
+        stream's messages and has no number.
+        """
+
     def __init__(
         self,
         *,
@@ -1007,12 +1021,56 @@ class GenerateResponse(google.protobuf.message.Message):
         delta: Global___Delta | None = ...,
         finished: Global___Finished | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        resumed: Global___Resumed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "heartbeat", b"heartbeat", "started", b"started"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "heartbeat", b"heartbeat", "sequence_number", b"sequence_number", "started", b"started"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["started", "delta", "finished", "heartbeat"] | None: ...
+    def HasField(self, field_name: typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "heartbeat", b"heartbeat", "resumed", b"resumed", "started", b"started"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "heartbeat", b"heartbeat", "resumed", b"resumed", "sequence_number", b"sequence_number", "started", b"started"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["started", "delta", "finished", "heartbeat", "resumed"] | None: ...
 
 Global___GenerateResponse: typing_extensions.TypeAlias = GenerateResponse
+
+@typing.final
+class Resumed(google.protobuf.message.Message):
+    """What a caller who resumes a stream needs to go on with it at another worker."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CREATED_AT_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
+    CHOICES_FIELD_NUMBER: builtins.int
+    @property
+    def created_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When this worker admitted the request. Where several workers keep a stream of the name that was asked for, the one
+        who admitted it last goes on for the others, which do not know yet that they were lost.
+        """
+
+    @property
+    def request(self) -> Global___GenerateRequest:
+        """The request that began the stream, without `caller`, `request_id` and `continuation`; `timeout` is what is left of
+        it. Unset: no other worker can go on with the stream, or what that takes is more than the worker keeps of a stream.
+        """
+
+    @property
+    def started(self) -> Global___Started:
+        """The stream's header, or that of its part at this worker. Set with `request`."""
+
+    @property
+    def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeliveredChoice]:
+        """What the caller has: the sum of the messages up to after_sequence_number. Set with `request`."""
+
+    def __init__(
+        self,
+        *,
+        created_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        request: Global___GenerateRequest | None = ...,
+        started: Global___Started | None = ...,
+        choices: collections.abc.Iterable[Global___DeliveredChoice] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["created_at", b"created_at", "request", b"request", "started", b"started"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices", "created_at", b"created_at", "request", b"request", "started", b"started"]) -> None: ...
+
+Global___Resumed: typing_extensions.TypeAlias = Resumed
 
 @typing.final
 class Started(google.protobuf.message.Message):
