@@ -327,13 +327,14 @@ class KeptStream:
             while self._is_full() and self._drop_oldest():
                 pass
             self.replay.append(message)
-        self._parkable.forget()
         self._end(error)
         return True
 
     def _end(self, error: SluiceError | None) -> None:
         self.is_over = True
-        self._is_waking = False
+        self.is_parked = self._is_waking = False
+        if self._parkable is not None:
+            self._parkable.forget()
         self._error = error
         self._tell_reader()
         if self.request_id is None:  # it was refused, and its caller is told

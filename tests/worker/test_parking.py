@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from inference_worker import parkable
+from inference_worker.kept_streams import KeptStreams, ReplayLimits, read_terms
+from inference_worker.registry import Registry
 from inference_worker.served_model import ServedModel
+from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.metrics_text import Scrape
 from tests.worker.served_worker import (
@@ -252,6 +255,60 @@ async def test_bad_fields_are_named(request_: pb.GenerateRequest) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             "while_unread",
         )
+
+
+async def test_what_another_worker_began_is_parked_too() -> None:
+    request = parking(max_tokens=60, is_continuable=True, output=pb.Output(logprobs=1))
+    async with serve_script(**SLOW) as first, serve_script(**SLOW) as second:
+        uncut = StreamRecord().add(await read_rest(first.stub.Generate(request)))
+        call = first.stub.Generate(request)
+        read = await read_until(call, "delta")
+        call.cancel()
+        name = read[0].started.resume_id
+        rest = StreamRecord().add(read).going_on(request)
+        rest.continuation.sequence_number = read[-1].sequence_number
+        rest.continuation.resume_id = name
+        call = second.stub.Generate(rest)
+        header, *more = await read_until(call, "delta")
+        assert header.started.resume_id == name
+        await parked(second, call)
+        more += await read_rest(resume(second, name, more[-1].sequence_number))
+        assert numbers(read + more) == list(range(len(read + more)))
+        joined = StreamRecord().add(read).add(more)
+        joined.choice(0).token_ids = uncut.choice(0).token_ids  # which a Resume did not ask for
+        assert_same(joined, uncut)
+
+
+def limits() -> ReplayLimits:
+    return ReplayLimits.of(WorkerSettings(port=0))
+
+
+async def test_one_that_ends_before_it_could_be_parked_is_over() -> None:
+    """Its reader leaves before it begins, and all of its messages come at once."""
+
+    async def generate(*_: object) -> AsyncGenerator[pb.GenerateResponse, None]:
+        yield pb.GenerateResponse(started=pb.Started(request_id="one", n=1))
+        yield pb.GenerateResponse(finished=pb.Finished(usage=pb.Usage()))
+
+    registry, streams = Registry(), KeptStreams(limits())
+    request = parking(resume_tag="chat")
+    terms = read_terms(request)
+    assert terms is not None
+    stream = streams.open(terms)
+    assert stream is not None
+    stream.start(parkable.Parkable(request, None, generate, registry))
+    reading = anext(stream.read())
+    reading.send(None)  # it waits for the first message now
+    with pytest.raises(asyncio.CancelledError):
+        reading.throw(asyncio.CancelledError)
+    async with asyncio.timeout(PATIENCE):
+        while not stream.is_over:
+            await asyncio.sleep(0)
+    assert (stream.is_parked, streams.num_parked) == (False, 0)
+    registry.check_free("one")
+    again = [message async for message in stream.resume(0, is_snapshot=False)]
+    assert reasons(again) == ["UNSPECIFIED"]
+    streams.close()
 
 
 class Loop:
