@@ -10,6 +10,7 @@ from inference_worker.errors import InvalidField
 from inference_worker.field_rules import check_at_least, check_range, refuse_unknown_fields
 from protos.sluice.v1 import generation_pb2 as pb
 
+# The contract's, as all that follows.
 _KEY_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # Counters of the fair queue are tokens divided by weights: far smaller ones would swallow the tokens of others.
 _MIN_WEIGHT: Final = 0.001

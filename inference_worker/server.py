@@ -131,6 +131,10 @@ def _options(settings: WorkerSettings) -> list[tuple[str, Any]]:
         ("grpc.http2.settings_timeout", round(settings.handshake_seconds * 1000)),
         ("grpc.max_connection_idle_ms", round(settings.connection_idle_seconds * 1000)),
         ("grpc.max_concurrent_streams", settings.max_streams),
+        # Between the first and the second, by default 1000 and 3000, gRPC cancels calls of a burst at random, where
+        # --max-calls and admission have an answer.
+        ("grpc.server.max_pending_requests", settings.max_calls),
+        ("grpc.server.max_pending_requests_hard_limit", settings.max_calls),
         # both: from the first on gRPC refuses some calls at random
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),

@@ -73,6 +73,29 @@ async def test_keys_take_turns_and_priority_orders_within_a_key(order: list[str]
     assert order == ["blocker", "urgent", "one", "many0", "many1", "many2", "many3"]
 
 
+async def test_a_flood_of_the_highest_priority_passes_its_own_key_alone(order: list[str]) -> None:
+    """And one of the lowest weight takes no more from others than its share."""
+    async with serve_script(max_running=1, max_waiting=128, step_milliseconds=5) as worker:
+        blocker = worker.stub.Generate(generate_request(request_id="blocker", max_tokens=4000))
+        await read_until(blocker, "delta")
+        flood = caller("flood", weight=0.001)
+        calls = [
+            await waiting(worker, f"{priority}:{number}", caller=flood, priority=priority)
+            for number in range(15)
+            for priority in (-100, 100)
+        ]
+        calls += [await waiting(worker, f"other{i}", caller=caller("other")) for i in range(5)]
+        blocker.cancel()
+        for call in calls:
+            await read_rest(call)
+    served = [name for name in order if name.startswith(("100", "-100"))]
+    assert served == [f"{priority}:{i}" for priority in (100, -100) for i in range(15)]
+    # Each of the flood's tokens counts for a thousand of the other's: it has one turn, and then the other all.
+    others = [index for index, name in enumerate(order) if name.startswith("other")]
+    assert others[0] <= 2
+    assert others[-1] <= 7
+
+
 async def test_a_weight_is_a_share_of_the_tokens(order: list[str]) -> None:
     async with serve_script(max_running=1, step_milliseconds=5) as worker:
         blocker = worker.stub.Generate(generate_request(request_id="blocker", max_tokens=4000))
