@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from inference_worker import parkable
-from inference_worker.kept_streams import KeptStreams, ReplayLimits, read_terms
+from inference_worker.kept_streams import KeptStreams, ReplayLimits
 from inference_worker.registry import Registry
+from inference_worker.resume_terms import read_terms
 from inference_worker.served_model import ServedModel
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
@@ -306,7 +307,8 @@ async def test_one_that_ends_before_it_could_be_parked_is_over() -> None:
             await asyncio.sleep(0)
     assert (stream.is_parked, streams.num_parked) == (False, 0)
     registry.check_free("one")
-    again = [message async for message in stream.resume(0, is_snapshot=False)]
+    resumed = stream.resume(0, is_snapshot=False, is_continuable=False)
+    again = [message async for message in resumed]
     assert reasons(again) == ["UNSPECIFIED"]
     streams.close()
 
