@@ -33,7 +33,10 @@ _MAX_PENDING_CHARS: Final = 8 * 1024 * 1024
 
 
 def configure_logging(level: str) -> None:
-    """Send every line of this process, the libraries' too, to stdout as one JSON object."""
+    """Send every line of this process, the libraries' too, to stdout as one JSON object.
+
+    Of the libraries warnings and errors alone, whatever the level.
+    """
     # JSON escapes line breaks and all non-ASCII characters: nobody can forge a line.
     render = structlog.processors.JSONRenderer(sort_keys=False)
     shared: list[structlog.typing.Processor] = [
@@ -56,6 +59,7 @@ def configure_logging(level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)
+    logging.getLogger("inference_worker").setLevel(number)
 
 
 class _LineWriter:

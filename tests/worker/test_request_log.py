@@ -142,10 +142,18 @@ async def test_nobody_can_forge_a_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_lines_of_libraries_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 
-    logging.getLogger("some.library").warning("odd\nthing")
+    library = logging.getLogger("some.library")
+    library.info("not written")
+    library.warning("odd\nthing")
+    ours = logging.getLogger("inference_worker.model.loader")
+    ours.debug("not written")
+    ours.info("steps run in %s", "C")
     get_logger().debug("not written")
-    line = json.loads(output_of(capsys))
-    assert (line["event"], line["level"]) == ("odd\nthing", "warning")
+    written = [json.loads(line) for line in output_of(capsys).splitlines()]
+    assert [(line["event"], line["level"]) for line in written] == [
+        ("odd\nthing", "warning"),
+        ("steps run in C", "info"),
+    ]
 
 
 class Blocked(io.StringIO):
