@@ -199,7 +199,7 @@ def report(plan: Plan, server: Path, threads: int) -> Report:
         ]
         found = uvloop.run(run(plan, contenders))
     introduction = (
-        f"The {TEN_MILLION}, float32, through HTTP; {threads} threads each; chat, at least {plan.requests} requests a "
+        f"The {TEN_MILLION}, float32, through HTTP; {threads} thread(s) each; chat, at least {plan.requests} requests a "
         f"measurement, {plan.max_tokens} tokens each; {plan.repetitions} repetitions: median (lowest–highest). "
         f"{LLAMA_CPP} is {_version(server)}. Tokens are the servers' own count."
     )

@@ -28,7 +28,7 @@ def fast_forwards(
 ) -> Iterator[Forward]:
     """Forward passes that are faster than the model's own code, the fastest first; none for most models.
 
-    `native` allows the one in C. It runs on one thread, so it is there where torch would use no more either.
+    `native` allows the one in C, which is there for one thread, and for small models on several.
     """
     if (fused := fuse(model)) is None:
         return

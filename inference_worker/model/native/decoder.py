@@ -1,4 +1,4 @@
-"""The fused decoder as one call of C a step, for one thread of a CPU.
+"""The fused decoder as one call of C a step, for a CPU.
 
 A small model's step in torch costs mostly the calls: some three hundred operations of a few microseconds each. Here it
 is one, which holds no lock of Python's meanwhile.
