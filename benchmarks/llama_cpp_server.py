@@ -199,9 +199,9 @@ def report(plan: Plan, server: Path, threads: int) -> Report:
         ]
         found = uvloop.run(run(plan, contenders))
     introduction = (
-        f"The {TEN_MILLION}, float32, through HTTP; {threads} thread(s) each; chat, at least {plan.requests} requests a "
-        f"measurement, {plan.max_tokens} tokens each; {plan.repetitions} repetitions: median (lowest–highest). "
-        f"{LLAMA_CPP} is {_version(server)}. Tokens are the servers' own count."
+        f"The {TEN_MILLION}, float32, through HTTP; {threads} thread(s) each; chat, at least {plan.requests} "
+        f"requests a measurement, {plan.max_tokens} tokens each; {plan.repetitions} repetitions: median "
+        f"(lowest–highest). {LLAMA_CPP} is {_version(server)}. Tokens are the servers' own count."
     )
     return Report("Serving beside llama.cpp", (introduction, str(table_of(found))), load)
 
