@@ -366,7 +366,7 @@ CONSTRAINTS = [None, None, pb.Constraint(regex="(ab|c)*[0-9]{9}"), pb.Constraint
 def test_a_stream_that_is_left_anywhere_is_the_uncut_one(loop: Loop) -> None:
     worker = loop.worker
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(
         request=requests,
         stop=stops,
