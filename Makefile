@@ -7,8 +7,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH_INDEX_URL ?=
 PIP_INSTALL := .venv/bin/python -m pip install --no-warn-script-location -c constraints.txt
 # Test files that run side by side.
-# Real processes on a busy machine: a test that fails is tried once more, and the summary names it.
 TEST_PROCESSES ?= 2
+# Real processes on a busy machine: a test that fails is tried once more, and the summary says why it failed at first.
+PYTEST := .venv/bin/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --reruns 1 -r aR
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO := protos/sluice/v1/generation.proto
@@ -32,10 +33,10 @@ run: $(VENV)/installed-serve
 	@$(BIN)/python deploy/local.py
 
 test: $(VENV)/installed-dev $(VENV)/installed-gateway
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(VENV)/installed-dev $(VENV)/installed-gateway
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --reruns 1 -r aR --hypothesis-profile=random
+	$(PYTEST) --hypothesis-profile=random
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

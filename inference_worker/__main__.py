@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from inference_worker.command_line import read_settings
@@ -17,9 +20,20 @@ def main() -> NoReturn:
     settings = read_settings(WorkerSettings, "inference_worker", sys.argv[1:])
     end_on_signal()
     # Imported only now: --help and a bad setting need neither grpc nor a tokenizer.
-    from inference_worker.process import run
+    with _importing():
+        from inference_worker.process import run
 
     run(settings, _load)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """What is imported stays. To look through all of it for garbage, again and again, takes a seventh of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _load(settings: WorkerSettings) -> Served:
@@ -28,7 +42,8 @@ def _load(settings: WorkerSettings) -> Served:
 
         return load_own_engine(settings, settings.engine)
     # torch comes in here and nowhere else
-    from inference_worker.model.loader import load_model
+    with _importing():
+        from inference_worker.model.loader import load_model
 
     return load_model(settings)
 

@@ -6,6 +6,7 @@ It takes the flags of `python -m inference_worker` and its own; --model names th
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -162,9 +163,16 @@ def load_script(settings: ScriptedSettings) -> ServedModel:
 def main() -> NoReturn:
     settings = read_settings(ScriptedSettings, "inference_worker.scripted_model", sys.argv[1:])
     end_on_signal()
+    _leave_torch_out()
     from inference_worker.process import run
 
     run(settings, lambda _: load_script(settings))
+
+
+def _leave_torch_out() -> None:
+    """transformers imports torch wherever it is, which takes seconds, and of it only the tokenizer is needed here."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is none
 
 
 if __name__ == "__main__":

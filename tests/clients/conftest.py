@@ -10,7 +10,7 @@ from edge.api_keys import ApiKey, digest_of, line_of
 from tests.clients import node_clients as node
 from tests.clients.installation import INSTALL_SECONDS
 from tests.edge.fixtures import edge, http, shared_edge, shared_worker, target, worker
-from tests.integration.stack import LoggedProcess, Stack, running_stack
+from tests.integration.stack import LoggedProcess, Stack
 
 __all__ = ["edge", "http", "shared_edge", "shared_worker", "target", "worker"]
 
@@ -26,21 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
         if "node_clients" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(INSTALL_SECONDS + 120))
-
-
-@pytest.fixture(scope="session")
-def stack() -> Iterator[Stack]:
-    """Both processes, on the embedded model."""
-    with running_stack() as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def slow_stack() -> Iterator[Stack]:
-    """Room for one sequence, no queue, 50 tokens a second: what goes on has not ended by itself."""
-    flags = {"step_milliseconds": 20, "max_running": 1, "max_waiting": 0}
-    with running_stack(flags, worker_module="inference_worker.scripted_model") as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,15 @@ def installed() -> Path:
         [
             (sys.executable, "-m", "venv", "--clear", "--without-pip", target),
             # every package is named and each version: nothing is left to decide, or to compile
-            (*pip, "install", "--no-deps", "--only-binary=:all:", "-r", "requirements.txt"),
+            (
+                *pip,
+                "install",
+                "--no-deps",
+                "--no-compile",
+                "--only-binary=:all:",
+                "-r",
+                "requirements.txt",
+            ),
         ],
     )
     return python

@@ -13,7 +13,7 @@ import trustme
 
 from edge.api_keys import ApiKey, digest_of, line_of
 from tests.clients.test_playground import ARGUMENTS, CHROMIUM, PATIENCE_MS
-from tests.integration.stack import PATIENCE, LoggedProcess, Stack, running_stack
+from tests.integration.stack import PATIENCE, LoggedProcess, Stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
@@ -35,12 +35,6 @@ TALK = """(url) => new Promise(resolve => {
     }
     socket.onclose = event => resolve({seen, code: event.code})
 })"""
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack() as stack:
-        yield stack
 
 
 @pytest.fixture(scope="module")

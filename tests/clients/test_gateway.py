@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from inference_worker.default_model import CHECKPOINT
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.free_port import free_port
 from tests.gateway_packages import gateway_variables, needs_gateway
 from tests.integration.stack import PATIENCE, ROOT, LoggedProcess
 
@@ -66,15 +66,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; the gateway takes none by itself and tells none."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @contextmanager
 def running_gateway(log: Path, module: str, **flags: object) -> Iterator[Gateway]:
     variables = gateway_variables()
@@ -83,7 +74,7 @@ def running_gateway(log: Path, module: str, **flags: object) -> Iterator[Gateway
     gateway = None
     try:
         address = worker.wait_for_line(event="ready")["address"]
-        port, metrics_port = free_ports(2)
+        port, metrics_port = free_port(), free_port()  # it takes none by itself and tells none
         with log.open("wb") as output:
             gateway = subprocess.Popen(
                 [

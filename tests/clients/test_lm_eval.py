@@ -45,7 +45,15 @@ def documents(name: str) -> list[dict[str, Any]]:
 def results(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each run came to."""
     packages = HOME / ".packages"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        "--no-compile",
+    )
     options = ("--upgrade", "--target", packages, "-r", "requirements.txt")
     packages.mkdir(exist_ok=True)
     install_once(HOME / "requirements.txt", packages, [(*pip, *options)])

@@ -1,6 +1,7 @@
 """No client library at all: HTTP by hand."""
 
 import asyncio
+import contextlib
 import re
 
 from tests.edge.edge_process import EdgeProcess
@@ -82,9 +83,10 @@ async def test_endless_trailers_are_a_431(edge: EdgeProcess, worker: ScriptedWor
     for trailers in ([line] * 66, [b"x-filler: ", *[b"y" * 1000] * 66], [line * 66]):
         async with RawClient(edge.port) as client:
             await client.send(head + body)
-            for trailer in trailers:
-                await asyncio.sleep(0.001)
-                await client.send(trailer)
+            with contextlib.suppress(ConnectionError):  # which may be closed before the last of it
+                for trailer in trailers:
+                    await asyncio.sleep(0.001)
+                    await client.send(trailer)
             assert (await client.read_to_end()).count(b"HTTP/1.1 431") == 1
     assert len(worker.calls) == calls
 

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.integration.stack import Stack, running_stack
+from tests.integration.stack import Stack
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -25,12 +25,6 @@ WEATHER: Any = {
 QUESTION: Any = {"role": "user", "content": "What is the weather in Paris?"}
 RESULT = "18 degrees and sunny"
 ANSWER = f"The weather in Paris: {RESULT}"
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack() as stack:
-        yield stack
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Every row of the error table, over real sockets: before the 200 and after it."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -376,18 +377,22 @@ async def test_the_deadline_of_the_edge_is_the_callers_too(
         await call.hang()
 
     worker.script = script
+    never, late = ({"prompt": prompt, "stream": True} for prompt in ("never", "late"))
     async with (
-        running_edge(target, request_timeout_seconds=0.5) as edge,
+        running_edge(target, request_timeout_seconds=2, first_message_seconds=60) as edge,
         httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
+        RawClient(edge.port) as client,
     ):
-        response = await http.post("/v1/completions", json={"prompt": "never", "stream": True})
+        await client.send(request_bytes("/v1/completions", late))
+        response = await http.post("/v1/completions", json=never)
         assert response.status_code == 504
         assert response.json()["error"]["type"] == "timeout"
-        async with RawClient(edge.port) as client:
-            await client.send(request_bytes("/v1/completions", {"prompt": "late", "stream": True}))
-            _, stream, is_complete = split_chunked(await client.read_to_end())
+        _, stream, is_complete = split_chunked(await client.read_to_end())
         assert not is_complete
         assert parse(stream).events[-1].json()["error"]["type"] == "timeout"
+        async with asyncio.timeout(PATIENCE):
+            for call in worker.calls:
+                await call.ended.wait()
     assert [call.was_cancelled for call in worker.calls] == [True, True]
 
 

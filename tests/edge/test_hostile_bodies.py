@@ -43,6 +43,7 @@ def generate(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:
 
 
 TEXT = {"name": "TEXT", "datatype": "BYTES", "shape": [MANY], "data": ["x"] * MANY}
+ONE = TEXT | {"shape": [1], "data": ["x"]}
 
 BODIES: list[tuple[Parse, dict[str, Any]]] = [
     (CHAT, {"messages": [{}] * MANY}),
@@ -90,7 +91,7 @@ BODIES: list[tuple[Parse, dict[str, Any]]] = [
     (RESPONSES, {"input": "x"} | FIELDS),
     (generate, {"text_input": "x", "parameters": FIELDS}),
     (infer, {"inputs": [{}] * MANY}),
-    (infer, {"inputs": [TEXT] * MANY}),
+    (infer, {"inputs": [ONE] * MANY}),
     (infer, {"inputs": [TEXT]}),
     (infer, {"inputs": [TEXT | {"data": [1] * MANY}]}),
     (infer, {"inputs": [TEXT | {"shape": [-1] * MANY}]}),

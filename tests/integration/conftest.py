@@ -1,23 +1,14 @@
-"""One stack on the embedded model for all tests that only use it."""
+"""The answers that the embedded model is known to give."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.stack import Stack, running_stack
-
 PINNED = Path(__file__).parents[1] / "worker" / "pinned_answers.json"
-
-
-@pytest.fixture(scope="session")
-def stack() -> Iterator[Stack]:
-    with running_stack() as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

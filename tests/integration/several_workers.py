@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,8 @@ import grpc
 
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.free_port import free_port
 from tests.integration.stack import PATIENCE, LoggedProcess
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @dataclass
@@ -29,7 +23,7 @@ class RestartableProcess:
 
     module: str
     flags: dict[str, object]
-    port: int = field(default_factory=_free_port)
+    port: int = field(default_factory=free_port)
     log: LoggedProcess = field(init=False)
 
     @property

@@ -168,7 +168,7 @@ def number_of(event: Event) -> int:
 
 
 def test_a_reader_who_comes_back_after_a_failover_misses_nothing() -> None:
-    body = {"prompt": "go", "max_tokens": 2000, "resume_window": 60}
+    body = {"prompt": "go", "max_tokens": 1000, "resume_window": 60}
     with (
         running_cluster(2, {"step_milliseconds": 5}, worker_module=SCRIPTED) as cluster,
         httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,

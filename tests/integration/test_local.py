@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.free_port import free_port
 from tests.integration.stack import PATIENCE, ROOT
 
 # what is installed here is what is tested, wherever it is
@@ -24,13 +25,6 @@ MAKE = [
     f"BIN={Path(sys.executable).parent}",
     "run",
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def environment(**settings: object) -> dict[str, str]:

@@ -17,7 +17,9 @@ from tests.integration.stack import PATIENCE, Stack, running_stack
 
 @pytest.fixture(scope="module")
 def small_stack() -> Iterator[Stack]:
-    with running_stack({"max_running": 2, "max_waiting": 1}) as running:
+    """Two slots and a queue of one; 200 tokens a second, so that who is in is still in when the others come."""
+    flags = {"max_running": 2, "max_waiting": 1, "step_milliseconds": 5}
+    with running_stack(flags, worker_module="inference_worker.scripted_model") as running:
         yield running
 
 
@@ -25,7 +27,7 @@ def test_beyond_slots_and_queue_it_is_429(small_stack: Stack) -> None:
     body = {
         "model": "default",
         "prompt": "Once",
-        "max_tokens": 1000,
+        "max_tokens": 400,
         "ignore_eos": True,
         "stream": True,
     }
@@ -54,7 +56,7 @@ def test_the_openai_client_raises_its_own_class_and_then_succeeds(small_stack: S
     patient = client.with_options(max_retries=5)
     options = {"model": "default", "prompt": "Once", "extra_body": {"ignore_eos": True}}
     streams = [
-        client.completions.create(stream=True, max_tokens=1000, **options)  # type: ignore[call-overload]
+        client.completions.create(stream=True, max_tokens=4000, **options)  # type: ignore[call-overload]
         for _ in range(3)
     ]
     with pytest.raises(openai.RateLimitError) as caught:

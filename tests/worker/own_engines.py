@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -34,6 +33,7 @@ class Obedient:
         self.aborted: list[str] = []
         self.ended: list[tuple[str, int]] = []  # generators that are gone: request id, choice index
         self.is_closed = False
+        self.may_go_on = threading.Event()
 
     async def initialize(self, settings: WorkerSettings) -> EngineCard:
         self.settings = settings
@@ -106,7 +106,7 @@ class Obedient:
         yield "never"
 
     async def _block(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
-        time.sleep(0.6)  # noqa: ASYNC251 - what one should not do
+        self.may_go_on.wait()  # what one should not do
         yield "done"
 
     async def _hang(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:

@@ -44,7 +44,7 @@ async def endless(worker: ServedWorker) -> Call:
 async def test_one_that_expires_in_the_queue_never_reaches_prefill() -> None:
     async with serve_script(max_running=1, step_milliseconds=5) as worker:
         running = await endless(worker)
-        call = worker.stub.Generate(within(0.2, ids=[5] * 100))
+        call = worker.stub.Generate(within(1.5, ids=[5] * 100))
         messages = await read_until(call, "started")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             messages += await read_rest(call)

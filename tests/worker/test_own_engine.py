@@ -201,7 +201,7 @@ async def test_giving_up_reaches_the_engine(way: str, command: str) -> None:
     async with own_worker() as own:
         request = generate_request(text=command, request_id="r", n=2, max_tokens=200)
         if way == "deadline":
-            request.timeout.seconds = 1
+            request.timeout.seconds = 2
         call = own.stub.Generate(request, timeout=60)
         await read_until(call, "started")
         while len(own.engine.requests) < 2:
@@ -276,6 +276,7 @@ async def test_the_worker_answers_while_the_engine_blocks() -> None:
             await asyncio.sleep(0.002)
         await own.served.load()
         assert own.engine.ended == []  # it still blocks, and the load was told
+        own.engine.may_go_on.set()
         assert texts(await read_rest(call)) == {0: "done"}
 
 

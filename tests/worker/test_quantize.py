@@ -36,6 +36,16 @@ def refusal(*arguments: object) -> str:
     return lines[0]
 
 
+def refusal_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The same in this process, for what is found out late: a process of its own would import torch once more."""
+    assert main([str(argument) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines: list[str] = output.err.strip().splitlines()
+    assert len(lines) == 1, output.err
+    return lines[0]
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert "exists already, and nothing is overwritten" in refusal(CHECKPOINT, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -66,22 +76,24 @@ def test_without_autoawq_it_says_what_to_install(
 
 
 @needs_autoawq
-def test_what_a_killed_run_has_left(tmp_path: Path) -> None:
+def test_what_a_killed_run_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out.partial").mkdir()
-    line = refusal(CHECKPOINT, tmp_path / "out", "--group-size=64")
+    line = refusal_here(capsys, CHECKPOINT, tmp_path / "out", "--group-size=64")
     assert f"{tmp_path}/out.partial exists" in line
 
 
 @needs_autoawq
-def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(CHECKPOINT, model)
     (model / "tokenizer.json").write_text("{")
-    assert "no usable tokenizer" in refusal(model, tmp_path / "out", "--group-size=64")
+    assert "no usable tokenizer" in refusal_here(capsys, model, tmp_path / "out", "--group-size=64")
 
 
 @needs_autoawq
-def test_groups_that_do_not_divide(tmp_path: Path) -> None:
-    line = refusal(CHECKPOINT, tmp_path / "out")
+def test_groups_that_do_not_divide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal_here(capsys, CHECKPOINT, tmp_path / "out")
     assert "groups of 128 do not divide the 192 inputs of self_attn.q_proj; 32 and 64 would" in line
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ import pytest
 from inference_worker.model.native import compiler, library, prebuilt
 from inference_worker.model.native.compiler import CannotCompile, compile_library, find_compiler
 from inference_worker.model.native.library import NotSuited, load_library
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -87,7 +88,8 @@ def test_a_link_is_judged_by_where_it_leads(cache: Path, compiled: list[Path]) -
 def start() -> subprocess.Popen[bytes]:
     """A process of its own that loads the library."""
     script = (
-        "from inference_worker.model.native.library import load_library; load_library('float32')"
+        "from inference_worker.model.native import compiler, library;"
+        f"compiler._FLAGS = {compiler._FLAGS!r}; library.load_library('float32')"
     )
     return subprocess.Popen([sys.executable, "-c", script])
 
@@ -134,7 +136,7 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(
     with pytest.raises(CannotCompile, match="took longer than 1 s"):
         load_library("float32")
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while _is_running(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _is_running(child)
