@@ -64,7 +64,7 @@ export class Answer {
   }
 
   #drawBlocks() {
-    const blocks = parseBlocks(this.record.text);
+    const blocks = this.record.text ? parseBlocks(this.record.text) : [];
     let same = 0;
     while (same < blocks.length && blocks[same].source === this.#shown[same]) same += 1;
     while (this.#body.childNodes.length > same) this.#body.lastChild.remove();
