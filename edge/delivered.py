@@ -1,6 +1,6 @@
 """What was delivered of a stream: enough for another worker to go on with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from protos.sluice.v1 import generation_pb2 as pb
@@ -59,6 +59,33 @@ class Delivered:
                 choice_index=finished.choice_index, completion_tokens=finished.completion_tokens
             )
             self.is_whole = finished.HasField("usage")
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether any token has been read, and what was read is still known."""
+        return not self.is_too_long and any(
+            choice.token_ids or choice.HasField("completion_tokens")
+            for choice in self._choices.values()
+        )
+
+    def footers(self, reason: pb.FinishReason.ValueType) -> Iterator[pb.GenerateResponse]:
+        """The last messages of a stream that nobody goes on with."""
+        indexes = range(self._started.n)
+        choices = [self._choices.get(index) or pb.DeliveredChoice() for index in indexes]
+        num_tokens = [choice.completion_tokens or len(choice.token_ids) for choice in choices]
+        running = [i for i in indexes if not choices[i].HasField("completion_tokens")]
+        for index in running:
+            message = pb.GenerateResponse(sequence_number=self.sequence_number + 1)
+            finished = message.finished
+            finished.choice_index = index
+            finished.finish_reason = reason
+            finished.completion_tokens = num_tokens[index]
+            if index == running[-1]:
+                finished.usage.prompt_tokens = self._started.prompt_tokens
+                finished.usage.cached_tokens = self._started.cached_tokens
+                finished.usage.completion_tokens = sum(num_tokens)
+            self.take(message)
+            yield message
 
     def header(self, annotation: bytes) -> pb.GenerateResponse:
         """The header, for who has not read it."""

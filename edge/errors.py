@@ -201,6 +201,11 @@ def server_error() -> EdgeError:
     return _from_row(_BUG, "", None, RETRY_MIN_MS)
 
 
+def deadline_passed() -> EdgeError:
+    """A 504 that the edge itself finds."""
+    return from_status(grpc.StatusCode.DEADLINE_EXCEEDED, None, None)
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether it says that a worker could not be reached, or was lost."""
     is_unavailable = grpc.StatusCode.UNAVAILABLE.name

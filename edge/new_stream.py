@@ -1,7 +1,9 @@
 """A stream that begins with a prompt, on the least busy worker."""
 
+import asyncio
+
 from edge.delivered import Delivered
-from edge.errors import EdgeError
+from edge.errors import EdgeError, deadline_passed
 from edge.request_timeout import seconds_of
 from edge.worker_client import WorkerClient
 from edge.worker_pool import WorkerPool
@@ -24,10 +26,8 @@ class NewStream(WorkerStream):
             request.is_continuable = True
 
     async def _begin(self) -> pb.GenerateResponse | None:
-        until = self._clock() + self._settings.connect_timeout_seconds
-        worker = self._workers.pick()
-        if worker is None:
-            worker = await self._unless_cancelled(self._workers.serving())
+        until = min(self._clock() + self._settings.connect_timeout_seconds, self._deadline)
+        worker = self._workers.pick() or await self._serving()
         tried: list[WorkerClient] = []
         while True:
             try:
@@ -36,13 +36,21 @@ class NewStream(WorkerStream):
                 tried.append(worker)
                 other = await self._other(tried, error, until)
                 if other is None:
-                    raise
+                    raise self._told(error) from None
                 self._workers.metrics.retries.inc()
                 worker = other
                 continue
             if message is not None and message.started.is_continuable:
                 self._delivered = Delivered(message.started, self._settings.failover_tokens)
             return message
+
+    async def _serving(self) -> WorkerClient:
+        """Raises: EdgeError, if none serves in time."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._unless_cancelled(self._workers.serving())
+        except TimeoutError:
+            raise deadline_passed() from None
 
     async def _ask(self, worker: WorkerClient) -> pb.GenerateResponse | None:
         """The first message. Raises also what the worker said to a request like this one a moment ago."""

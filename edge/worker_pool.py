@@ -9,6 +9,7 @@ from typing import TypeVar
 import structlog
 
 from edge.errors import EdgeError, is_lost, unavailable
+from edge.left_behind import LeftBehind
 from edge.metrics import EdgeMetrics
 from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
@@ -48,6 +49,7 @@ class WorkerPool:
         self._turn = 0
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self.left_behind = LeftBehind(self.changed)
 
     async def start(self) -> None:
         """Opens the channels and begins to watch names and workers."""
@@ -63,6 +65,7 @@ class WorkerPool:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self.left_behind.close()
         await asyncio.gather(*(client.close() for client in self._all()))
 
     def count(self) -> int:

@@ -2,14 +2,14 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 import grpc
 import structlog
 
 from edge.delivered import Delivered
-from edge.errors import EdgeError, from_status
+from edge.errors import EdgeError, deadline_passed, from_status
 from edge.request_timeout import duration
 from edge.worker_client import GenerateCall, WorkerClient, error_from_call
 from edge.worker_pool import WorkerPool
@@ -50,6 +50,7 @@ class WorkerStream(ABC):
         self._worker: WorkerClient | None = None
         self._call: GenerateCall | None = None  # once begun
         self._delivered: Delivered | None = None  # once begun, if it can be continued
+        self._footers: Iterator[pb.GenerateResponse] | None = None  # of ours, once it is too late
         self._waiting: asyncio.Future[Any] | None = None
         self._num_lost = 0
         self.num_failovers = 0
@@ -71,6 +72,8 @@ class WorkerStream(ABC):
         """The next message, or None after the last one. Raises: EdgeError."""
         if self._call is None:
             return await self._begin()
+        if self._footers is not None:
+            return next(self._footers, None)
         return await self._go_on(self._call)
 
     async def _go_on(self, call: GenerateCall) -> pb.GenerateResponse | None:
@@ -82,7 +85,10 @@ class WorkerStream(ABC):
             except EdgeError as error:
                 if delivered is not None and delivered.is_whole and is_call_lost(error):
                     return None  # all but the status has come
-                call = await self._move(error, delivered)
+                try:
+                    call = await self._move(error, delivered)
+                except EdgeError as failure:
+                    return self._end_late(failure, delivered)
                 if delivered is not None and not delivered.is_begun:
                     return delivered.header(self._request.annotation)
                 continue
@@ -92,8 +98,19 @@ class WorkerStream(ABC):
                     message.delta.ClearField("token_ids")  # nobody but us asked for them
             return message
 
+    def _end_late(self, error: EdgeError, delivered: Delivered | None) -> pb.GenerateResponse:
+        """The first footer for a reader who has something when the deadline has passed. Raises any other error."""
+        is_late = error.grpc_code == grpc.StatusCode.DEADLINE_EXCEEDED.name
+        if not is_late or delivered is None or not delivered.has_tokens:
+            raise error
+        self._footers = delivered.footers(pb.FINISH_REASON_DEADLINE)
+        return next(self._footers)
+
     async def _move(self, error: EdgeError, delivered: Delivered | None) -> GenerateCall:
-        """The call by which another worker goes on with the stream. Raises the error where that cannot be."""
+        """The call by which another worker goes on with the stream.
+
+        Raises the error where that cannot be, or that there is no more time for it.
+        """
         if delivered is None or not is_call_lost(error) or self._worker is None:
             raise error
         lost, number = self._worker, delivered.sequence_number
@@ -111,7 +128,7 @@ class WorkerStream(ABC):
             grpc_details=error.grpc_details,
         )
         if call is None:
-            raise error
+            raise self._told(error)
         self.num_failovers += 1
         return call
 
@@ -121,11 +138,13 @@ class WorkerStream(ABC):
         """The call to another worker that has taken the stream within the time that there is."""
         until = min(self._clock() + self._settings.failover_seconds, self._deadline)
         unfit = [lost]
+        self._leave(lost, delivered.rest_of(self._request), error)
         while self._may_go_on_after(error):
             worker = await self._next(unfit, until)
             if worker is None:
                 return None
             rest = delivered.rest_of(self._request)
+            await self._unless_cancelled(self._workers.left_behind.settle(worker, rest))
             try:
                 call = self._generate(worker, rest)
                 message = await self._read(call)
@@ -135,11 +154,17 @@ class WorkerStream(ABC):
                         "continuation refused", request_id=rest.request_id, error=str(refusal)
                     )
                     return None
+                self._leave(worker, rest, refusal)
                 error = refusal
                 unfit.append(worker)
                 continue
             return call if message is not None and message.HasField("started") else None
         return None
+
+    def _leave(self, lost: WorkerClient, rest: pb.GenerateRequest, error: EdgeError) -> None:
+        """One that stops has ended the stream itself; any other may come back and know nothing."""
+        if is_call_lost(error) and error.reason not in STOPPING:
+            self._workers.left_behind.note(lost, rest)
 
     async def _next(self, unfit: list[WorkerClient], until: float) -> WorkerClient | None:
         """A worker that is not unfit; after a pause any that serves. None if there is none in time."""
@@ -152,6 +177,11 @@ class WorkerStream(ABC):
             unfit.clear()
             worker = self._workers.pick()
         return worker
+
+    def _told(self, error: EdgeError) -> EdgeError:
+        """What the reader is told for a worker that was lost."""
+        is_late = is_call_lost(error) and self._clock() >= self._deadline
+        return deadline_passed() if is_late else error
 
     def _may_go_on_after(self, error: EdgeError) -> bool:
         """Counts the workers that this very request may have killed, so that it does not kill them all."""

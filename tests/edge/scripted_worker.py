@@ -163,6 +163,7 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         """Forgets everything."""
         self.script: Script = hello
         self.calls: list[ScriptedCall] = []
+        self.aborts: list[pb.AbortRequest] = []
         self.aborted: list[str] = []
         self.aborted_for: list[str | None] = []
         self.abort_outcome = pb.ABORT_OUTCOME_ABORTED
@@ -181,6 +182,7 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
             call.ended.set()
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:  # noqa: N802
+        self.aborts.append(request)
         self.aborted.append(request.request_id)
         self.aborted_for.append(request.key_id if request.HasField("key_id") else None)
         return pb.AbortResponse(outcome=self.abort_outcome)

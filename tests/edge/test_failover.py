@@ -232,6 +232,94 @@ async def test_there_is_a_limit_to_the_search() -> None:
         assert continuations(pool)
 
 
+@pytest.mark.parametrize("window", [None, 60])
+async def test_a_worker_that_lost_a_stream_is_told_to_end_it(window: int | None) -> None:
+    """It may be there, and know of nothing: until a resume window has passed it would go on."""
+
+    async def first(call: ScriptedCall) -> None:
+        await call.started(is_continuable=True, resume_id=RESUME_ID if window else None)
+        await call.fail(Code.UNAVAILABLE)
+
+    async with running_pool(2) as pool:
+        stopping = (Code.UNAVAILABLE, error_info("SHUTDOWN"), retry_in(1))
+        set_scripts(pool, lost_after(begin, *stopping), end)
+        assert text_of(await stream(pool)) == "Héllo"  # such a one has ended it
+
+        set_scripts(pool, first, end)
+        await stream(pool, resume_window=window)
+        await until(lambda: any(worker.aborts for worker in pool.workers))
+        (lost,) = (worker for worker in pool.workers if worker.aborts)
+        begun = [call.request for call in lost.calls if not _is_continuation(call)]
+        request_id = begun[-1].request_id
+        expected = pb.AbortRequest(resume_id=RESUME_ID, forget=True)
+        assert lost.aborts == [expected if window else pb.AbortRequest(request_id=request_id)]
+        assert sum(len(worker.aborts) for worker in pool.workers) == 1
+
+
+FULL = failing(Code.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(1))
+
+
+async def test_a_deadline_that_passes_during_the_search_ends_the_stream_with_what_it_has() -> None:
+    async def first(call: ScriptedCall) -> None:
+        await begin(call)
+        await call.delta("x", choice=1, token_ids=[7])
+        await call.finished(choice=2, completion_tokens=None)
+        await call.fail(Code.UNAVAILABLE)
+
+    async with running_pool(2, failover_seconds=600) as pool:
+        set_scripts(pool, first, FULL)
+        events = await stream(pool, timeout=1.5, n=3)
+        assert continuations(pool)
+        assert text_of(events) == "Héx"
+        last = [event.json() for event in events[-2:]]
+        assert [event.type for event in events[-2:]] == ["finished", "finished"]
+        assert [(one["choice_index"], one["finish_reason"]) for one in last] == [
+            (0, "deadline"),
+            (1, "deadline"),
+        ]
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 2}
+        assert last[1]["usage"] == usage
+        assert "usage" not in last[0]
+        numbers = [event.last_event_id.removesuffix("-end").split("-")[-1] for event in events]
+        assert numbers == [str(number) for number in range(6)]
+
+
+async def too_slow(call: ScriptedCall) -> None:
+    """As a worker does with a request that has waited until its deadline."""
+    await asyncio.sleep(call.request.timeout.ToNanoseconds() / 1e9)
+    await call.fail(Code.DEADLINE_EXCEEDED)
+
+
+@pytest.mark.parametrize("then", [FULL, too_slow])
+async def test_a_deadline_that_passes_before_any_token_is_told_as_one(then: Any) -> None:
+    async def first(call: ScriptedCall) -> None:
+        await call.started(is_continuable=True)
+        await call.fail(Code.UNAVAILABLE)
+
+    async with running_pool(2, failover_seconds=600) as pool:
+        set_scripts(pool, first, then)
+        failed = (await stream(pool, timeout=1))[-1]
+        assert failed.json()["error"]["type"] == "timeout"
+
+
+async def test_a_deadline_that_passes_before_any_worker_began_is_a_504() -> None:
+    async with running_pool(2, connect_timeout_seconds=60) as pool:
+        for worker in pool.workers:
+            worker.script = failing(Code.UNAVAILABLE, "stops", error_info("DRAINING"), retry_in(1))
+        body = STREAM | {"timeout": 0.5}
+        assert (await pool.http.post("/v1/streams", json=body)).status_code == 504
+        for worker in pool.workers:
+            await worker.set_serving(False)
+        await until(lambda: not_serving(pool) == 2)
+        assert (await pool.http.post("/v1/streams", json=body)).status_code == 504
+
+
+def not_serving(pool: Pool) -> int:
+    lines = [line for line in pool.edge.lines if line["event"] == "worker health"]
+    last = {line["target"]: line["serving"] for line in lines}
+    return sum(not is_serving for is_serving in last.values())
+
+
 async def test_a_client_that_leaves_meanwhile_ends_the_search() -> None:
     async with running_pool(2, failover_seconds=600) as pool:
         full = failing(Code.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(1))

@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from protos.sluice.v1 import generation_pb2 as pb
+from protos.sluice.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.edge.sse import Event, parse
-from tests.integration.several_workers import Cluster, running_cluster, wait_until
+from tests.integration.several_workers import (
+    Cluster,
+    WorkerProcess,
+    running_cluster,
+    wait_until,
+)
 from tests.integration.stack import PATIENCE, LoggedProcess
 
 SCRIPTED = "inference_worker.scripted_model"
@@ -95,18 +103,28 @@ def read_openai(events: list[Event]) -> dict[str, Any]:
     return {"choices": joined, "completion_tokens": usage["completion_tokens"]}
 
 
-async def generate(http: httpx.AsyncClient, number: int) -> dict[str, Any]:
+async def generate(
+    http: httpx.AsyncClient, number: int, names: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """With `names` a native stream is kept, and its name added to them under its request's id."""
     path, body = body_of(number)
+    if names is not None and path == "/v1/streams":
+        body["resume_window"] = 300
     if path != "/v1/streams":
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     response = await http.post(path, json=body)
     assert response.status_code == 200, response.text
     events = parse(response.content).events
+    if names is not None and "resume_window" in body:
+        names[events[0].json()["request_id"]] = events[0].last_event_id.partition("-")[0]
     return read_native(events) if path == "/v1/streams" else read_openai(events)
 
 
 async def generate_all(
-    cluster: Cluster, numbers: list[int], when_running: Any = None
+    cluster: Cluster,
+    numbers: list[int],
+    when_running: Any = None,
+    names: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """All at once; `when_running` is called once the first worker has begun to generate."""
     limits = httpx.Limits(max_connections=None)
@@ -114,7 +132,7 @@ async def generate_all(
         base_url=cluster.url, timeout=PATIENCE, limits=limits, trust_env=False
     ) as http:
         before = cluster.workers[0].load().generated_tokens
-        tasks = [asyncio.create_task(generate(http, number)) for number in numbers]
+        tasks = [asyncio.create_task(generate(http, number, names)) for number in numbers]
 
         def is_busy() -> bool:
             load = cluster.workers[0].load()
@@ -139,6 +157,16 @@ def uncut(cluster: Cluster) -> list[dict[str, Any]]:
     return asyncio.run(generate_all(cluster, list(range(20))))
 
 
+def is_kept(worker: WorkerProcess, resume_id: str) -> bool:
+    request = pb.GenerateRequest(resume=pb.Resume(resume_id=resume_id, snapshot=True))
+    with grpc.insecure_channel(worker.address) as channel:
+        try:
+            list(GenerationServiceStub(channel).Generate(request, timeout=PATIENCE))
+        except grpc.RpcError as error:
+            return error.code() is not grpc.StatusCode.NOT_FOUND
+        return True
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
 def test_no_stream_is_harmed_when_its_worker_is(
     cluster: Cluster, uncut: list[dict[str, Any]], number: signal.Signals
@@ -146,7 +174,8 @@ def test_no_stream_is_harmed_when_its_worker_is(
     worker, other = cluster.workers
     numbers = [index % 20 for index in range(STREAMS)]
     moved = len(cluster.lines("stream lost its worker"))
-    answers = asyncio.run(generate_all(cluster, numbers, lambda: worker.send(number)))
+    names: dict[str, str] = {}
+    answers = asyncio.run(generate_all(cluster, numbers, lambda: worker.send(number), names))
     for index, answer in zip(numbers, answers, strict=True):
         assert answer == uncut[index]
     wait_until(lambda: len(cluster.lines("stream lost its worker")) > moved)
@@ -155,6 +184,13 @@ def test_no_stream_is_harmed_when_its_worker_is(
     assert {line["target"] for line in moves} == {worker.address}
 
     if number is signal.SIGSTOP:
+        # it comes back and knows of nothing, but is told to end and to forget what went on elsewhere
+        worker.send(signal.SIGCONT)
+        lost = [names[line["request_id"]] for line in moves if line["request_id"] in names]
+        assert lost
+        wait_until(lambda: not any(is_kept(worker, name) for name in lost))
+        wait_until(lambda: worker.load().requests == 0)
+        assert all(is_kept(other, name) for name in lost)
         worker.send(signal.SIGKILL)
     assert worker.wait() == {signal.SIGTERM: 0}.get(number, -signal.SIGKILL)
     cluster.restart(worker)
