@@ -1,6 +1,7 @@
 """Reads settings from flags and the environment: --help lists them all, a bad value is one line and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from edge.environment import linked, misspelt
 from edge.settings import ENV_PREFIX, EdgeSettings
 
 PROGRAM = "edge"
@@ -29,8 +31,13 @@ def read_settings(arguments: Sequence[str]) -> EdgeSettings:
     Raises SystemExit(2) after one line that names the setting, SystemExit(0) after --help.
     """
     given = vars(_parser().parse_args(arguments))
+    fields = EdgeSettings.model_fields
+    if (problem := misspelt(ENV_PREFIX, fields, os.environ)) is not None:
+        print(f"{PROGRAM}: {problem} (--help lists the settings)", file=sys.stderr)
+        raise SystemExit(2)
+    unset = {name: fields[name].default for name in linked(ENV_PREFIX, fields, os.environ)}
     try:
-        return EdgeSettings(**given)
+        return EdgeSettings(**unset | given)
     except ValidationError as error:
         print(f"{PROGRAM}: {_explain(given, error)}", file=sys.stderr)
         raise SystemExit(2) from None

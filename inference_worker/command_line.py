@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
@@ -10,6 +11,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsError
+
+from inference_worker.environment import linked, misspelt
 
 Settings = TypeVar("Settings", bound=BaseSettings)
 
@@ -30,8 +33,13 @@ def read_settings(
     Raises: SystemExit(2) after one line that names the setting, SystemExit(0) after --help.
     """
     given = vars(_parser(settings_class, program).parse_args(arguments))
+    prefix, fields = _variable(settings_class, ""), settings_class.model_fields
+    if (problem := misspelt(prefix, fields, os.environ)) is not None:
+        print(f"{program}: {problem} (--help lists the settings)", file=sys.stderr)
+        raise SystemExit(2)
+    unset = {name: fields[name].default for name in linked(prefix, fields, os.environ)}
     try:
-        return settings_class(**given)
+        return settings_class(**unset | given)
     except (ValidationError, SettingsError) as error:
         print(f"{program}: {_explain(settings_class, given, error)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -109,6 +109,34 @@ def test_a_bad_setting_ends_the_process_with_2() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_misspelt_variable_ends_the_process_with_2() -> None:
+    done = run_edge(SLUICE_EDGE_API_KEYS_FLIE="/keys")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "edge: SLUICE_EDGE_API_KEYS_FLIE: no such setting, did you mean SLUICE_EDGE_API_KEYS_FILE?"
+        " (--help lists the settings)\n"
+    )
+
+
+def test_what_kubernetes_says_of_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "tcp://10.96.0.7:8000"
+    for name in (
+        "PORT",
+        "PORT_8000_TCP",
+        "ADMIN_PORT",
+        "ADMIN_PORT_9464_TCP",
+        "CANARY_PORT",
+        "CANARY_PORT_8000_TCP",
+    ):
+        monkeypatch.setenv(ENV_PREFIX + name, address)
+    monkeypatch.setenv(ENV_PREFIX + "SERVICE_HOST", "10.96.0.7")
+    monkeypatch.setenv(ENV_PREFIX + "SERVICE_PORT_HTTP", "8000")
+    monkeypatch.setenv(ENV_PREFIX + "PORT_8000_TCP_ADDR", "10.96.0.7")
+    settings = read_settings([])
+    assert (settings.port, settings.admin_port) == (8000, None)
+    assert read_settings(["--port", "2222"]).port == 2222
+
+
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_EDGE_PORT", "1111")
     monkeypatch.setenv("SLUICE_EDGE_HEARTBEAT_SECONDS", "")

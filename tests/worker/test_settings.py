@@ -81,6 +81,37 @@ def test_a_bad_variable_is_one_line_that_names_it(
     assert "SLUICE_WORKER_MAX_WAITING" in output
 
 
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("SLUICE_WORKER_MAX_RUNING", "did you mean SLUICE_WORKER_MAX_RUNNING?"),
+        ("sluice_worker_zzz", "no such setting (--help lists the settings)"),
+    ],
+)
+def test_a_misspelt_variable_is_one_line_that_names_it(
+    variable: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(SystemExit) as exit_:
+        read()
+    assert exit_.value.code == 2
+    output = capsys.readouterr().err
+    assert output.startswith(f"inference_worker: {variable}: ")
+    assert output.count("\n") == 1
+    assert words in output
+
+
+def test_what_kubernetes_says_of_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_WORKER_PORT", "tcp://10.96.0.8:50051")
+    monkeypatch.setenv("SLUICE_WORKER_PORT_50051_TCP_PROTO", "tcp")
+    monkeypatch.setenv("SLUICE_WORKER_SERVICE_PORT", "50051")
+    assert read().port == 50051
+    assert read("--port", "1").port == 1
+
+
 def test_a_flag_wins_over_its_variable_and_that_over_the_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
