@@ -380,7 +380,11 @@ async def test_hangup_shows_the_new_certificate_to_who_comes_next(
 async def test_hangup_shows_the_workers_new_certificate_to_who_comes_next(tmp_path: Path) -> None:
     files = Renewed(tmp_path)
     request = pb.GenerateRequest(prompt=pb.Prompt(text="Hi"), stopping=pb.Stopping(max_tokens=4000))
-    flags = (f"--tls-cert={files.certificate}", f"--tls-key={files.key}", "--step-milliseconds=10")
+    flags = (
+        f"--tls-cert={files.certificate}",
+        f"--tls-key={files.key}",
+        *("--step-milliseconds=10", "--handshake-seconds=1"),
+    )
 
     async def is_known_by(address: str, roots: bytes) -> bool:
         credentials = grpc.ssl_channel_credentials(roots)
@@ -394,7 +398,8 @@ async def test_hangup_shows_the_workers_new_certificate_to_who_comes_next(tmp_pa
     async with ready_worker(*flags) as served:
         before = files.roots
         credentials = grpc.ssl_channel_credentials(before)
-        async with grpc.aio.secure_channel(served.address, credentials) as channel:
+        silent = RawClient(int(served.address.rpartition(":")[2]))
+        async with silent, grpc.aio.secure_channel(served.address, credentials) as channel:
             stub: pb_grpc.GenerationServiceAsyncStub = pb_grpc.GenerationServiceStub(channel)
             stream = stub.Generate(request)
             await stream.read()
@@ -409,6 +414,7 @@ async def test_hangup_shows_the_workers_new_certificate_to_who_comes_next(tmp_pa
             assert (line["level"], "cannot be used" in line["reason"]) == ("error", True)
             assert await is_known_by(served.address, files.roots)
             assert await stream.read(), "what was open goes on"
+            assert await silent.read_to_end() == b"", "but who never shook hands is cut off"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+import edge.terminal
+import inference_worker.terminal
 from tests.free_port import free_port
 from tests.integration.stack import PATIENCE, ROOT
 
@@ -131,6 +134,22 @@ def test_a_hangup_ends_a_process_with_its_terminal_and_never_else(module: str, r
             os.waitpid(process.pid, 0)
     assert status is not None, "it outlived its terminal"
     assert os.WIFEXITED(status), "it was not ended, but killed"
+
+
+@pytest.mark.parametrize("module", [edge.terminal, inference_worker.terminal])
+@pytest.mark.parametrize(("handler", "is_over"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_nohup_outlives_its_terminal(
+    module: Any, handler: signal.Handlers, is_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        monkeypatch.setattr(module, "_is_there", lambda: True)
+        terminal = module.Terminal()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not terminal.is_gone
+    monkeypatch.setattr(module, "_is_there", lambda: False)
+    assert terminal.is_gone is is_over
 
 
 def test_one_port_for_both_is_one_clear_line() -> None:

@@ -84,7 +84,7 @@ async def test_aborts_of_what_is_not_there_harm_nobody_who_is() -> None:
             pb.AbortRequest(request_id=f"nobody-{number}", key_id="somebody")
             if number % 2
             else pb.AbortRequest(resume_id=f"rs_{number:048x}", forget=True)
-            for number in range(1000)
+            for number in range(2000)
         ]
         requests += [pb.AbortRequest(request_id="witness", key_id="another")] * 100
         answers = await asyncio.gather(*map(worker.stub.Abort, requests))
