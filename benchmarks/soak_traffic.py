@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +13,18 @@ from urllib.parse import urlencode
 
 from benchmarks.load_client import get, post
 from benchmarks.soak_client import Call, CutOff, Event
+from benchmarks.soak_losses import Losses
 from benchmarks.table import Table
 from protos.sluice.v1 import generation_pb2 as pb
 
 _OK: Final = 200
 _NO_CONTENT: Final = 204
 _OVERLOADED: Final = 429
-# A worker that is killed takes the streams that it keeps with it: one that is being read goes on elsewhere, one whose
-# reader has left, or has come back, does not, and its reader is told.
-_GONE: Final = frozenset({404, 410, 503})
+# What is said of a stream that is no longer kept.
+_GONE: Final = frozenset({410, 503})
 _DONE: Final = "[DONE]"
 _MAX_CUTS: Final = 6  # of one stream that is resumed
+_PATIENCE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Tally:
 
     ended: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    details: list[str] = field(default_factory=list)  # of each failure
 
     @property
     def requests(self) -> int:
@@ -70,6 +73,7 @@ class Tally:
         """Count from here."""
         self.ended.clear()
         self.failures.clear()
+        self.details.clear()
 
     def table(self) -> Table:
         """Every kind of ending, the failures last."""
@@ -85,17 +89,16 @@ class Wrong(Exception):
     """A request ended as none may; the message says how, in a few words."""
 
 
-class WorkerLost(Wrong):
-    """A stream ended with the word that its worker is gone."""
-
-
 class Client:
     """One of the soak's clients: does the same again and again until it is told to stop."""
 
-    def __init__(self, port: int, known: Sequence[Known], tally: Tally, seed: int) -> None:
+    def __init__(
+        self, port: int, known: Sequence[Known], tally: Tally, losses: Losses, seed: int
+    ) -> None:
         self._port = port
         self._known = known
         self._tally = tally
+        self._losses = losses
         self._random = random.Random(seed)
 
     async def run(self, action: str, until: asyncio.Event) -> None:
@@ -106,18 +109,26 @@ class Client:
 
     async def act(self, action: str) -> None:
         """One request, and what became of it."""
+        begin = time.monotonic()
         try:
             ending = await _ACTIONS[action](self)
         except Wrong as wrong:
-            self._tally.failures[action, str(wrong)] += 1
+            self._fail(action, str(wrong), begin)
         except CutOff:
-            self._tally.failures[action, "cut off"] += 1
+            self._fail(action, "cut off", begin)
         except TimeoutError:
-            self._tally.failures[action, "silent for a minute"] += 1
+            self._fail(action, "silent for a minute", begin)
         except OSError as error:
-            self._tally.failures[action, type(error).__name__] += 1
+            self._fail(action, type(error).__name__, begin, str(error))
         else:
             self._tally.ended[action, ending] += 1
+
+    def _fail(self, action: str, failure: str, begin: float, more: str = "") -> None:
+        self._tally.failures[action, failure] += 1
+        seconds = time.monotonic() - begin
+        self._tally.details.append(
+            f"{action}: {failure} after {seconds:.1f} s, {self._losses.age()} {more}".rstrip()
+        )
 
     async def read(self, pause: float = 0.0) -> str:
         """Read a whole stream, of one dialect or the other."""
@@ -131,7 +142,7 @@ class Client:
         try:
             if call.status == _OVERLOADED:
                 return "told 429"
-            _expect(call.status, _OK)
+            await _expect(call, _OK)
             text = []
             async for event in call.events():
                 text.append(text_of(event))
@@ -153,7 +164,7 @@ class Client:
         try:
             if call.status == _OVERLOADED:
                 return "told 429"
-            _expect(call.status, _OK)
+            await _expect(call, _OK)
             left = self._random.randrange(12)
             async for _ in call.events():
                 left -= 1
@@ -173,26 +184,29 @@ class Client:
         path = f"/v1/streams?{urlencode(query)}"
         text: list[str] = []
         last_id = ""
-        for cut in range(_MAX_CUTS + 1):
+        opened = left = time.monotonic()  # the connection before
+        cuts = 0
+        while cuts <= _MAX_CUTS:
             call = await Call.begin(self._port, _get_after(path, last_id))
             try:
-                if call.status == _OVERLOADED:
-                    if last_id:
-                        continue
+                if call.status == _OVERLOADED and not last_id:
                     return "told 429"
                 if call.status == _NO_CONTENT:
                     break
-                if last_id and call.status in _GONE:
-                    return "told that it cannot be resumed"
-                _expect(call.status, _OK)
-                try:
-                    last_id = await self._read_some(call, text, last_id, cut == _MAX_CUTS)
-                except WorkerLost:
-                    if cut:
-                        return "told that it cannot be resumed"
-                    raise
+                if last_id and call.status in _GONE and self._losses.was_one_since(opened):
+                    if self._losses.was_one_since(left):
+                        return "its worker died while nobody read"
+                    return "its worker died with events on their way"
+                if call.status != _OVERLOADED:  # else it was parked, and has to come back once more
+                    await _expect(call, _OK)
+                    opened = time.monotonic()
+                    last_id = await self._read_some(call, text, last_id, cuts == _MAX_CUTS)
+                    cuts += 1
+                elif time.monotonic() - opened > _PATIENCE_SECONDS:
+                    raise Wrong("not let in again for a minute")
             finally:
                 call.vanish()
+            left = time.monotonic()
             await asyncio.sleep(self._random.uniform(0, 0.3))
         _compare("".join(text), known)
         return "whole and right"
@@ -259,8 +273,6 @@ def _get_after(path: str, last_id: str) -> bytes:
 
 def _native_text(event: Event) -> str:
     fields = event.json()
-    if event.kind == "failed" and fields["error"]["code"] == "unavailable":
-        raise WorkerLost("told that its worker was lost")
     if event.kind == "failed":
         raise Wrong(f"a failed event: {fields}")
     if event.kind == "finished" and fields["finish_reason"] != "length":
@@ -279,9 +291,9 @@ def _openai_text(event: Event) -> str:
     return text
 
 
-def _expect(status: int, wanted: int) -> None:
-    if status != wanted:
-        raise Wrong(f"status {status}")
+async def _expect(call: Call, wanted: int) -> None:
+    if call.status != wanted:
+        raise Wrong(f"status {call.status}: {(await call.body()).decode(errors='replace')}")
 
 
 def _compare(text: str, known: Known) -> None:

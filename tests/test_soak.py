@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.flaky(reruns=0)  # what fails here once is a defect, and its text says which
 def test_a_minute_of_everything_loses_nothing() -> None:
     command = [sys.executable, "-m", "benchmarks.soak", "--minutes=1", "--warm-up-minutes=0.2"]
     result = subprocess.run(
-        [*command, "--kill-seconds=20"], cwd=ROOT, capture_output=True, text=True, timeout=280
+        [*command, "--kill-seconds=20"], cwd=ROOT, capture_output=True, text=True, timeout=540
     )
     assert result.returncode == 0, result.stdout + result.stderr
     found = re.search(
