@@ -27,14 +27,14 @@ def chat_messages(messages: Sequence[AiSdkMessage], name: str) -> list[pb.ChatMe
 
 
 def _said(message: AiSdkMessage, path: str) -> str:
-    text = ""
+    texts: list[str] = []
     for index, part in enumerate(message.parts):
         part_path = f"{path}.parts[{index}]"
         if part.type == "text":
-            text += _text(part, part_path)
+            texts.append(_text(part, part_path))
         elif not _is_shown_only(part):
             raise _unreadable(part, part_path, f"a {message.role}'s message")
-    return text
+    return "".join(texts)
 
 
 def _assistant(message: AiSdkMessage, path: str) -> list[pb.ChatMessage]:
@@ -42,21 +42,30 @@ def _assistant(message: AiSdkMessage, path: str) -> list[pb.ChatMessage]:
     told: list[pb.ChatMessage] = []
     step = pb.ChatMessage(role="assistant")
     results: list[pb.ChatMessage] = []
+    # Joined once a step: a field of a message is copied whole whenever it grows.
+    said: list[str] = []
+    thought: list[str] = []
 
     def end_step() -> None:
         nonlocal step, results
-        if step.content or step.reasoning or step.tool_calls:
+        if any(said):
+            step.content = "".join(said)
+        if any(thought):
+            step.reasoning = "".join(thought)
+        if any(said) or any(thought) or step.tool_calls:
             told.extend([step, *results])
         step, results = pb.ChatMessage(role="assistant"), []
+        said.clear()
+        thought.clear()
 
     for index, part in enumerate(message.parts):
         part_path = f"{path}.parts[{index}]"
         if part.type == "step-start":
             end_step()
         elif part.type == "text":
-            step.content += _text(part, part_path)
+            said.append(_text(part, part_path))
         elif part.type == "reasoning":
-            step.reasoning += _text(part, part_path)
+            thought.append(_text(part, part_path))
         elif part.type == _DYNAMIC_TOOL or part.type.startswith(_TOOL):
             _add_call(part, part_path, step, results)
         elif not _is_shown_only(part):

@@ -172,6 +172,9 @@ def _messages(message: AnthropicMessage, path: str) -> list[pb.ChatMessage]:
         return [pb.ChatMessage(role=message.role, content=message.content)]
     results: list[pb.ChatMessage] = []
     own = pb.ChatMessage(role=message.role)
+    # Joined once: a field of a message is copied whole whenever it grows.
+    said: list[str] = []
+    thought: list[str] = []
     for index, block in enumerate(message.content):
         if isinstance(block, AnthropicToolResult) != (message.role == "user") and not isinstance(
             block, AnthropicText
@@ -182,9 +185,9 @@ def _messages(message: AnthropicMessage, path: str) -> list[pb.ChatMessage]:
             )
         match block:
             case AnthropicText():
-                own.content += block.text
+                said.append(block.text)
             case AnthropicThinking():
-                own.reasoning += block.thinking
+                thought.append(block.thinking)
             case AnthropicToolUse():
                 own.tool_calls.add(
                     id=block.id, name=block.name, arguments=encode(block.input).decode()
@@ -198,7 +201,11 @@ def _messages(message: AnthropicMessage, path: str) -> list[pb.ChatMessage]:
                         tool_call_id=block.tool_use_id,
                     )
                 )
-    has_own = bool(own.content or own.tool_calls or own.reasoning) or not results
+    if any(said):
+        own.content = "".join(said)
+    if any(thought):
+        own.reasoning = "".join(thought)
+    has_own = any(said) or any(thought) or bool(own.tool_calls) or not results
     return [*results, own] if has_own else results
 
 

@@ -159,7 +159,7 @@ class _Choice:
     def __init__(self) -> None:
         self.text: list[str] = []
         self.reasoning: list[str] = []
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[tuple[str, str, list[str]]] = []  # id, name, arguments
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason = ""
 
@@ -168,9 +168,8 @@ class _Choice:
         self.reasoning.append(delta.reasoning)
         for call in delta.tool_calls:
             if call.HasField("name"):
-                function = {"name": call.name, "arguments": ""}
-                self.calls.append({"id": call.id, "type": "function", "function": function})
-            self.calls[call.index]["function"]["arguments"] += call.arguments
+                self.calls.append((call.id, call.name, []))
+            self.calls[call.index][2].append(call.arguments)
 
     def message(self) -> dict[str, Any]:
         text = "".join(self.text)
@@ -182,7 +181,14 @@ class _Choice:
         if reasoning := "".join(self.reasoning):
             message["reasoning_content"] = reasoning
         if self.calls:
-            message["tool_calls"] = self.calls
+            message["tool_calls"] = [
+                {
+                    "id": call_id,
+                    "type": "function",
+                    "function": {"name": name, "arguments": "".join(arguments)},
+                }
+                for call_id, name, arguments in self.calls
+            ]
         return message
 
 

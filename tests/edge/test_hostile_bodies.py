@@ -1,7 +1,8 @@
 """Bodies that are made to be expensive to refuse: what is collected about them stays small."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import orjson
 import pytest
@@ -11,10 +12,14 @@ from pydantic import ValidationError
 
 from edge.dialects import (
     ai_sdk,
+    ai_sdk_messages,
+    anthropic,
     native,
     openai_chat,
     openai_completions,
     responses,
+    responses_annotation,
+    responses_input,
     schema,
     tgi,
     triton,
@@ -22,8 +27,10 @@ from edge.dialects import (
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.errors import EdgeError
 from edge.json_codec import decode_object
+from protos.sluice.v1 import generation_pb2 as pb
 
 MANY = 20_000
+NUM_PARTS = 2000
 MOST_ERRORS = 100
 LIMITS = PromptLimits(max_body_bytes=4 << 20, max_json_depth=32, max_prompts=32)
 HI = [{"role": "user", "content": "hi"}]
@@ -125,6 +132,109 @@ def test_few_errors_are_collected(
     assert refused.value.status == 400
     assert len(refused.value.message) < 300
     assert sum(collected) <= MOST_ERRORS
+
+
+class CountingMessage:
+    """A message of the contract that counts the characters written into it, each of which is copied there."""
+
+    made: ClassVar[list["CountingMessage"]] = []
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__["message"] = pb.ChatMessage(**fields)
+        self.__dict__["written"] = sum(len(str(value)) for value in fields.values())
+        self.made.append(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.message, name)
+
+    def __setattr__(self, name: str, value: str) -> None:
+        self.__dict__["written"] += len(value)
+        setattr(self.message, name, value)
+
+
+def parts(kind: str, field: str) -> list[dict[str, str]]:
+    return [{"type": kind, field: "x"}] * NUM_PARTS
+
+
+CLAUDE = {"model": "m", "max_tokens": 1}
+ASSISTANT_PARTS = [*parts("text", "text"), *parts("reasoning", "text")]
+IN_PARTS: list[tuple[Any, Any, dict[str, Any]]] = [
+    (
+        anthropic,
+        anthropic.parse,
+        CLAUDE | {"messages": [{"role": "user", "content": parts("text", "text")}]},
+    ),
+    (
+        anthropic,
+        anthropic.parse,
+        CLAUDE | {"messages": [{"role": "assistant", "content": parts("thinking", "thinking")}]},
+    ),
+    (anthropic, anthropic.parse, CLAUDE | {"messages": HI, "system": parts("text", "text")}),
+    (
+        ai_sdk_messages,
+        ai_sdk.parse_chat,
+        {"id": "c", "messages": [{"id": "m", "role": "user", "parts": parts("text", "text")}]},
+    ),
+    (
+        ai_sdk_messages,
+        ai_sdk.parse_chat,
+        {
+            "id": "c",
+            "messages": [
+                {"id": "m", "role": "assistant", "parts": ASSISTANT_PARTS},
+                {"id": "n", "role": "user", "parts": parts("text", "text")},
+            ],
+        },
+    ),
+    (openai_chat, CHAT, {"messages": [{"role": "user", "content": parts("text", "text")}]}),
+    (
+        responses_input,
+        RESPONSES,
+        {"input": [{"role": "user", "content": parts("input_text", "text")}]},
+    ),
+    (
+        responses_input,
+        RESPONSES,
+        {
+            "input": [
+                {"type": "reasoning", "content": parts("reasoning_text", "text"), "summary": []}
+            ]
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "parse", "body"),
+    IN_PARTS,
+    ids=[f"{module.__name__}-{number}" for number, (module, _, _) in enumerate(IN_PARTS)],
+)
+def test_a_text_of_many_parts_is_copied_once(
+    monkeypatch: pytest.MonkeyPatch, module: Any, parse: Parse, body: dict[str, Any]
+) -> None:
+    expected = [message.SerializeToString() for message in chat_of(parse, body)]
+    said = sum(len(m.content) + len(m.reasoning) for m in chat_of(parse, body))
+    assert said >= NUM_PARTS
+    monkeypatch.setattr(CountingMessage, "made", [])
+    counting = SimpleNamespace(**vars(pb) | {"ChatMessage": CountingMessage, "Chat": unwrapped})
+    for place in (module, responses, responses_annotation):
+        monkeypatch.setattr(place, "pb", counting)
+    chat_messages = ai_sdk_messages.chat_messages
+    monkeypatch.setattr(ai_sdk, "chat_messages", lambda *args: own(chat_messages(*args)))
+    assert [message.SerializeToString() for message in chat_of(parse, body)] == expected
+    assert said <= sum(message.written for message in CountingMessage.made) <= 2 * said
+
+
+def own(messages: Iterable[Any]) -> list[pb.ChatMessage]:
+    return [message.message for message in messages]
+
+
+def unwrapped(messages: Iterable[Any]) -> pb.Chat:
+    return pb.Chat(messages=own(messages))
+
+
+def chat_of(parse: Parse, body: dict[str, Any]) -> list[pb.ChatMessage]:
+    return list(parse(body, LIMITS).requests[0].prompt.chat.messages)
 
 
 @pytest.mark.parametrize("prompt", [["x"] * 33, [[1]] * 33, [[]] * 33])
