@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import uvloop
 from tokenizers import Tokenizer
 from transformers import LlamaConfig
 
 from benchmarks.answer_check import AnswerCheck, WrongAnswer
 from benchmarks.awq import CONTENDERS
+from benchmarks.compiled import COLD, measure
 from benchmarks.engine import Plan, contest, make_prompts
 from benchmarks.generators import GenerationFailed, Output, Sluice
 from benchmarks.gguf_checkpoint import write_gguf
@@ -157,6 +159,18 @@ def test_a_server_that_does_not_start_is_told_with_what_it_says(tmp_path: Path) 
         llama_cpp(server, Path("model.gguf"), threads=1, slots=1),
     ):
         pytest.fail("it is up")
+
+
+def test_a_compiled_step_that_computes_something_else_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random_llama(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda *given: forward(*given) + 1)
+    with pytest.raises(ValueError, match="something else"):
+        measure(COLD, tmp_path, tmp_path / "artefact", sizes=(1, 3), steps=1)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    outcome = measure(COLD, tmp_path, tmp_path / "artefact", sizes=(1, 3), steps=1)
+    assert set(outcome.step_ms) == {1, 3}
 
 
 @pytest.mark.slow
