@@ -17,17 +17,19 @@ from protos.sluice.v1 import generation_pb2 as pb
 from tests.integration.stack import PATIENCE, Stack, running_stack
 
 LONG_PROMPT = "Tell me a story. " * 100
+ENDLESS = 1200  # tokens: twelve seconds of them
 
 
 @pytest.fixture(scope="module")
 def narrow_stack() -> Iterator[Stack]:
-    """One sequence at a time and a prompt in many small steps, so that there is a queue and a long prefill."""
+    """One sequence at a time, and a prompt in many small steps: a queue, a prefill of a second, a decode of many."""
     flags = {"max_running": 1, "max_batch_tokens": 4, "max_waiting": 8, "prefix_cache": False}
-    with running_stack(flags) as running:
+    flags |= {"step_milliseconds": 10}
+    with running_stack(flags, worker_module="inference_worker.scripted_model") as running:
         yield running
 
 
-def body(prompt: str, max_tokens: int = 1200) -> dict[str, object]:
+def body(prompt: str, max_tokens: int = ENDLESS) -> dict[str, object]:
     """A request that goes on until somebody stops it."""
     return {
         "prompt": prompt,
@@ -93,6 +95,7 @@ def test_http_client_leaves(
         queued.close()
     leave(first)
     narrow_stack.wait_idle()
+    assert narrow_stack.load().generated_tokens - before.generated_tokens < ENDLESS
     first.close()
 
 
