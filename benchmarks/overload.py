@@ -4,7 +4,8 @@
 of the processor's, and an edge. First it measures the capacity: tokens a second with twice as many readers as slots,
 each asking again once it is answered, from when all are there until the first goes. Then it offers ten times as many
 requests as that, evenly, for a minute, on a connection each, whatever becomes of them. The peer is the same worker and
-edge with their limits out of reach: all that comes waits.
+edge with every limit that a request or connection could meet out of reach: all that comes waits. Should that server
+refuse one nevertheless, it is no peer, and the benchmark fails.
 
 - Tokens/s: what the worker generated from the fifth second of the load to its end, as GetLoad counts it.
 - First token and refusal: from the moment at which a request was due, so that a late client counts against the server.
@@ -14,6 +15,10 @@ edge with their limits out of reach: all that comes waits.
   gone, beside five on the idle server before the load.
 - Decision: from a request's arrival at the worker's service to its refusal there, as its log tells; and the time of a
   gRPC call of refused requests that go to the worker directly, five a second during the load.
+- Longest queue: the most requests that waited at once, as GetLoad tells five times a second.
+- Failed: told so by an event after the 200, where a refusal ought to have been a 429.
+- Unanswered: accepted, but without a token when their client gave up, well after the load; like those that failed, they
+  are in no percentile.
 - Memory: resident, before the load, in its middle and at its end.
 
 The fairness part is without the edge, at the worker whose queue has no end: a thousand requests of one key at once, and
@@ -25,6 +30,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import statistics
 import time
 from collections import Counter
@@ -48,9 +54,25 @@ from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
 
 _UNBOUNDED: Final = 10**6
+_NO_EDGE_LIMITS: Final[dict[str, float]] = {
+    "max_connections": _UNBOUNDED,
+    "max_connections_per_address": _UNBOUNDED,
+}
+_NO_WORKER_LIMITS: Final[dict[str, float]] = {
+    "max_waiting": _UNBOUNDED,
+    "max_waiting_tokens": 10**12,
+    "max_waiting_kv": 1000,
+    "max_calls": _UNBOUNDED,
+    "max_streams": _UNBOUNDED,
+}
+_SPARE_FILES: Final = 256  # of the load's process, besides its connections
 _PROBE_SECONDS: Final = 0.2
 _NEXT_SECONDS: Final = 30.0  # that the next request may take before it is given up
 _FLOOD_LEAD_SECONDS: Final = 0.5
+
+
+class PeerRefused(Exception):
+    """The server without an end to its queue has one, or lost a request."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,11 @@ class Plan:
     def ramp_seconds(self) -> float:
         """After which slots and queue are full."""
         return min(5.0, self.seconds / 3)
+
+    @property
+    def most_requests_per_second(self) -> float:
+        """That the slots can serve, were a step nothing but its time."""
+        return self.max_running / (self.step_milliseconds / 1e3) / self.max_tokens
 
     def worker_settings(self, **limits: float) -> dict[str, object]:
         """Of a worker with these limits."""
@@ -98,6 +125,27 @@ class Outcome:
     idle_after: list[float] = field(default_factory=list)
     probes: list[float] = field(default_factory=list)  # seconds of a refused gRPC call
     decisions: list[float] = field(default_factory=list)  # seconds
+    longest_queue: int = 0  # requests
+
+    @property
+    def accepted(self) -> list[Reply]:
+        """Replies that began with a 200."""
+        return [reply for reply in self.replies if reply.is_accepted]
+
+    @property
+    def refused(self) -> list[Reply]:
+        """Replies that were a 429."""
+        return [reply for reply in self.replies if reply.is_refused]
+
+    @property
+    def failed(self) -> list[Reply]:
+        """Accepted ones that failed before their first token."""
+        return [reply for reply in self.accepted if reply.has_failed]
+
+    def reasons(self) -> str:
+        """Why requests were refused, or failed, in Markdown."""
+        codes = Counter(reply.code for reply in (*self.refused, *self.failed))
+        return ", ".join(f"`{code}` {number}" for code, number in sorted(codes.items())) or "none"
 
 
 class Server:
@@ -121,12 +169,14 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(plan: Plan, **limits: float) -> AsyncIterator[Server]:
-    """A server with these limits of the worker."""
-    settings = plan.worker_settings(**limits)
+async def serving(
+    plan: Plan, worker_limits: dict[str, float], edge_limits: dict[str, float]
+) -> AsyncIterator[Server]:
+    """A server with these limits; the others are as by default."""
+    settings = plan.worker_settings(**worker_limits)
     with (
         running_worker("inference_worker.scripted_model", **settings) as (worker, address),
-        running_edge(address, max_connections=_UNBOUNDED) as (edge, port),
+        running_edge(address, **edge_limits) as (edge, port),
     ):
         async with grpc.aio.insecure_channel(address) as channel:
             yield Server(worker, edge, port, pb_grpc.GenerationServiceStub(channel))
@@ -142,7 +192,11 @@ async def measure(plan: Plan, name: str, server: Server, capacity: float) -> Out
     load = Load(server.port, plan.max_tokens)
     background = [
         asyncio.create_task(coroutine)
-        for coroutine in (_count(plan, server, outcome), _probe(plan, server, outcome))
+        for coroutine in (
+            _count(plan, server, outcome),
+            _probe(plan, server, outcome),
+            _watch_queue(plan, server, outcome),
+        )
     ]
     await load.offer(requests_per_second * plan.times_capacity, plan.seconds)
     await asyncio.gather(*background)
@@ -169,6 +223,15 @@ async def _count(plan: Plan, server: Server, outcome: Outcome) -> None:
         await asyncio.sleep(rest / 2)
         outcome.memory.append(server.memory())
     outcome.tokens_per_second = counting.result()
+
+
+async def _watch_queue(plan: Plan, server: Server, outcome: Outcome) -> None:
+    """See how long the queue becomes."""
+    end = time.perf_counter() + plan.seconds
+    while time.perf_counter() < end:
+        _, load = await server.watch.now()
+        outcome.longest_queue = max(outcome.longest_queue, load.waiting)
+        await asyncio.sleep(_PROBE_SECONDS)
 
 
 async def tokens_per_second(server: Server, seconds: float) -> float:
@@ -235,15 +298,19 @@ async def next_one(server: Server) -> float | None:
 
 
 async def run(plan: Plan) -> tuple[list[Outcome], list[tuple[float, float]]]:
-    """What Sluice did, and the server without an end to its queue; and there: see `starvation`."""
-    limits = {"max_waiting": plan.max_waiting}
-    async with serving(plan, **limits) as server:
+    """What Sluice did, and the server without an end to its queue; and there: see `starvation`. Raises: PeerRefused."""
+    async with serving(plan, {"max_waiting": plan.max_waiting}, {}) as server:
         capacity = await capacity_of(plan, server)
         bounded = await measure(plan, "Sluice", server, capacity)
-    unbounded = {"max_waiting": _UNBOUNDED, "max_waiting_tokens": 10**12, "max_waiting_kv": 1000}
-    async with serving(plan, **unbounded) as server:
-        outcomes = [bounded, await measure(plan, "unbounded queue", server, capacity)]
-        return outcomes, await starvation(plan, server.stub)
+    async with serving(plan, _NO_WORKER_LIMITS, _NO_EDGE_LIMITS) as server:
+        unbounded = await measure(plan, "unbounded queue", server, capacity)
+        if len(unbounded.accepted) < len(unbounded.replies) or unbounded.failed:
+            statuses = dict(Counter(reply.status for reply in unbounded.replies))
+            raise PeerRefused(
+                f"the peer is to let everyone wait; statuses: {statuses}, failed after their 200:"
+                f" {len(unbounded.failed)}, reasons: {unbounded.reasons()}"
+            )
+        return [bounded, unbounded], await starvation(plan, server.stub)
 
 
 async def starvation(
@@ -280,7 +347,8 @@ async def _starve(
 def overload_tables(outcomes: Sequence[Outcome]) -> list[str]:
     """Markdown of the first part."""
     figures = Table(
-        ("Server", "Offered", "Accepted", "Refused", "Other", "Tokens/s", "÷ capacity",
+        ("Server", "Offered", "Accepted", "Refused", "Other", "Failed", "Unanswered", "Longest queue", "Tokens/s",
+         "÷ capacity",
          "First token p50 s", "p99 s", "bound s", "Refusal p50 ms", "p99 ms", "highest ms"), labels=1,
     )  # fmt: skip
     after = Table(
@@ -288,13 +356,14 @@ def overload_tables(outcomes: Sequence[Outcome]) -> list[str]:
          "Decision p50 ms", "p99 ms", "gRPC refusal p50 ms", "p99 ms"), labels=1,
     )  # fmt: skip
     for outcome in outcomes:
-        replies = outcome.replies
-        accepted = [reply for reply in replies if reply.is_accepted]
+        replies, accepted = outcome.replies, outcome.accepted
         begun = [reply.first_token_seconds for reply in accepted if reply.first_token_at]
-        refusals = [reply.seconds * 1e3 for reply in replies if reply.is_refused]
+        refusals = [reply.seconds * 1e3 for reply in outcome.refused]
         figures.rows.append((
             outcome.name, str(len(replies)), str(len(accepted)), str(len(refusals)),
-            str(len(replies) - len(accepted) - len(refusals)), f"{outcome.tokens_per_second:.0f}",
+            str(len(replies) - len(accepted) - len(refusals)), str(len(outcome.failed)),
+            str(len(accepted) - len(begun) - len(outcome.failed)), str(outcome.longest_queue),
+            f"{outcome.tokens_per_second:.0f}",
             f"{outcome.tokens_per_second / outcome.capacity:.3f}",
             *_figures(begun, 2, 50, 99), f"{outcome.bound:.2f}", *_figures(refusals, 1, 50, 99, 100),
         ))  # fmt: skip
@@ -307,9 +376,8 @@ def overload_tables(outcomes: Sequence[Outcome]) -> list[str]:
             *_figures([s * 1e3 for s in outcome.decisions], 2, 50, 99),
             *_figures([s * 1e3 for s in outcome.probes], 1, 50, 99),
         ))  # fmt: skip
-    codes = Counter(reply.code for reply in outcomes[0].replies if reply.is_refused)
-    reasons = ", ".join(f"`{code}` {number}" for code, number in sorted(codes.items()))
-    return [str(figures), f"Reasons of the refusals: {reasons or 'none'}.", str(after)]
+    reasons = "; ".join(f"{outcome.name}: {outcome.reasons()}" for outcome in outcomes)
+    return [str(figures), f"Reasons of the refusals: {reasons}.", str(after)]
 
 
 def _figures(values: Sequence[float], digits: int, *shares: float) -> list[str]:
@@ -317,8 +385,9 @@ def _figures(values: Sequence[float], digits: int, *shares: float) -> list[str]:
 
 
 def report(plan: Plan) -> Report:
-    """Run, and write it up."""
+    """Run, and write it up. Raises: PeerRefused."""
     load = os.getloadavg()[0]
+    _allow_files(int(plan.seconds * plan.times_capacity * plan.most_requests_per_second))
     outcomes, starved = uvloop.run(run(plan))
     fairness = Table(("Keys", "First token of the one s", "End of the many s"), labels=1)
     for name, (waited, took) in zip(("told", "not told"), starved, strict=True):
@@ -329,7 +398,9 @@ def report(plan: Plan) -> Report:
             f"{plan.times_capacity:g} times the capacity of {outcomes[0].capacity:.0f} tokens/s offered for "
             f"{plan.seconds:g} s: requests of {plan.max_tokens} tokens, {plan.max_running} slots, "
             f"{plan.max_waiting} may wait, steps of {plan.step_milliseconds:g} ms. `unbounded queue` is the same "
-            "server with its limits out of reach. `Other` had no answer when the load was over.",
+            "server with all of its limits out of reach, those of calls, streams and connections among them. `Other`"
+            " had no answer, `Failed` were accepted and then told of a failure before any token, and `Unanswered` had"
+            " no token when their client gave up, some time after the load.",
             *overload_tables(outcomes),
             f"{plan.flood} requests of one key at once, each of {plan.flood_tokens} tokens, and then one of another "
             "key:",
@@ -337,6 +408,15 @@ def report(plan: Plan) -> Report:
         ),
         load,
     )
+
+
+def _allow_files(connections: int) -> None:
+    """Let this process, and those it starts, hold so many connections, as far as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def main() -> None:

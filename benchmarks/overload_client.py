@@ -17,6 +17,7 @@ _REFUSED: Final = 429
 _STATUS: Final = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 _CODE: Final = re.compile(rb'"code":"(\w+)"')
 _FIRST_TOKEN: Final = b"event: delta"
+_FAILURE: Final = b"event: failed"
 _HEAD_BYTES: Final = 4096  # of an answer, in which its status, code and first token stand
 
 
@@ -28,7 +29,8 @@ class Reply:
     first_token_at: float = 0.0
     ended_at: float = 0.0
     status: int = 0  # 0: no answer
-    code: str = ""  # of a refusal
+    code: str = ""  # of a refusal or failure
+    has_failed: bool = False  # after its 200, and before its first token
 
     @property
     def is_refused(self) -> bool:
@@ -70,7 +72,9 @@ class _Exchange(asyncio.Protocol):
             reply.status = int(status[1])
         if reply.is_accepted and _FIRST_TOKEN in self._head:
             reply.first_token_at = time.perf_counter()
-        elif reply.is_refused and (code := _CODE.search(self._head)):
+            return
+        reply.has_failed = reply.is_accepted and _FAILURE in self._head
+        if (reply.is_refused or reply.has_failed) and (code := _CODE.search(self._head)):
             reply.code = code[1].decode()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002

@@ -87,12 +87,17 @@ def test_overload_measures_both_servers_and_both_orders(tmp_path: Path) -> None:
     assert [row[0] for row in found] == ["Sluice", "unbounded queue"] * 2 + ["told", "not told"]
     bounded, unbounded = found[:2]
     for row in (bounded, unbounded):
-        offered, accepted, refused, other = map(int, row[1:5])
+        offered, accepted, refused, other, failed, unanswered, queue = map(int, row[1:8])
         assert offered == accepted + refused + other
         assert accepted > 0
-        assert float(row[5]) > 0
+        assert failed == 0
+        assert unanswered < accepted
+        assert 0 < queue <= accepted
+        assert float(row[8]) > 0
     assert int(bounded[3]) > 0
-    assert int(unbounded[3]) == 0
+    assert int(bounded[7]) <= 4  # --quick's max_waiting
+    assert unbounded[1] == unbounded[2]
+    assert int(unbounded[7]) > 4
     for row in found[2:4]:
         assert all(len(cell.split(" → ")) == 3 for cell in row[1:3])
     assert all(float(cell) > 0 for row in found[4:] for cell in row[1:])
