@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from edge.dialects.common import field_names, new_id, shown_bytes, shown_logprob
+from edge.dialects.common import field_names, new_id
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_chat_schema import ChatCompletionRequest, ChatMessage, ChatNamedTool
 from edge.dialects.openai_schema import TOOL_CHOICE_MODES, agreed
-from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason
+from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason, token_logprobs
 from edge.dialects.schema import validate
 from edge.errors import invalid_request
 from edge.json_codec import encode
@@ -132,7 +132,7 @@ class ChatEncoder(ChunkEncoder):
         return _choice(index, {})
 
     def _logprobs(self, index: int, delta: pb.Delta) -> dict[str, Any]:  # noqa: ARG002
-        return logprobs_json(delta)
+        return _logprobs_json(delta)
 
     def _other_choices(self, index: int, delta: pb.Delta) -> Iterator[dict[str, Any]]:
         if delta.reasoning:
@@ -213,7 +213,7 @@ class ChatCollector:
             choice = self._choices[message.delta.choice_index]
             choice.add(message.delta)
             if self._has_logprobs:
-                choice.logprobs += logprobs_json(message.delta)["content"]
+                choice.logprobs += token_logprobs(message.delta)
             self._usage.delta(prompt, message.delta)
         elif kind == "finished":
             choice = self._choices[message.finished.choice_index]
@@ -244,19 +244,5 @@ class ChatCollector:
         )
 
 
-def logprobs_json(delta: pb.Delta) -> dict[str, Any]:
-    """Log-probabilities of one delta."""
-    content = []
-    for entry in delta.logprobs:
-        token = _candidate(entry.token)
-        token["top_logprobs"] = [_candidate(candidate) for candidate in entry.top]
-        content.append(token)
-    return {"content": content, "refusal": None}
-
-
-def _candidate(candidate: pb.Candidate) -> dict[str, Any]:
-    return {
-        "token": shown_bytes(candidate.token),
-        "logprob": shown_logprob(candidate),
-        "bytes": list(candidate.token),
-    }
+def _logprobs_json(delta: pb.Delta) -> dict[str, Any]:
+    return {"content": token_logprobs(delta), "refusal": None}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from edge.dialects.common import shown_bytes, shown_logprob
 from edge.dialects.dialect import StreamEncoder, sse_data
 from edge.errors import EdgeError, from_finish, server_error
 from edge.json_codec import encode
@@ -28,6 +29,22 @@ def finish_reason(finished: pb.Finished) -> str:
     if reason is None:
         raise from_finish(finished.finish_reason) or server_error()
     return reason
+
+
+def token_logprobs(delta: pb.Delta) -> list[dict[str, Any]]:
+    """Log-probabilities of the tokens of a delta, as chats and responses show them."""
+    return [
+        _candidate(entry.token) | {"top_logprobs": [_candidate(one) for one in entry.top]}
+        for entry in delta.logprobs
+    ]
+
+
+def _candidate(candidate: pb.Candidate) -> dict[str, Any]:
+    return {
+        "token": shown_bytes(candidate.token),
+        "logprob": shown_logprob(candidate),
+        "bytes": list(candidate.token),
+    }
 
 
 @dataclass

@@ -13,13 +13,14 @@ from edge.dialects.responses_annotation import MAX_BYTES, Annotation
 from edge.dialects.responses_input import Conversation
 from edge.dialects.responses_output import IN_PROGRESS, Event
 from edge.dialects.responses_schema import (
+    LOGPROBS,
     ResponsesJsonSchema,
     ResponsesRequest,
     ResponsesToolChoice,
 )
 from edge.dialects.responses_state import ResponseState
 from edge.dialects.schema import validate
-from edge.errors import EdgeError
+from edge.errors import EdgeError, invalid_request
 from edge.json_codec import encode
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -46,6 +47,7 @@ def build(
         prompt=pb.Prompt(chat=_chat(request, conversation)),
         sampling=request.sampling(),
         stopping=request.stopping(request.max_output_tokens),
+        output=_output(request),
         constraint=_constraint(request),
     )
     echo = _echo(request)
@@ -68,6 +70,7 @@ def build(
                 "prompt.chat.template_arguments": "reasoning",
                 "stopping.max_tokens": "max_output_tokens",
                 "stopping.stop_sequences": "stop",
+                "output.logprobs": "top_logprobs",
                 "constraint": "text.format",
                 "constraint.json_schema": "text.format.schema",
             }
@@ -107,6 +110,14 @@ def _chat(request: ResponsesRequest, conversation: Conversation) -> pb.Chat:
     return chat
 
 
+def _output(request: ResponsesRequest) -> pb.Output | None:
+    if LOGPROBS in (request.include or []):
+        return pb.Output(logprobs=request.top_logprobs or 0)
+    if request.top_logprobs:
+        raise invalid_request(f"top_logprobs needs include to have {LOGPROBS}.", "top_logprobs")
+    return None
+
+
 def _constraint(request: ResponsesRequest) -> pb.Constraint | None:
     wanted = None if request.text is None else request.text.format
     if isinstance(wanted, ResponsesJsonSchema):
@@ -139,7 +150,8 @@ def _echo(request: ResponsesRequest) -> dict[str, Any]:
         if isinstance(choice, ResponsesToolChoice)
         else choice or "auto",
         "tools": [tool.model_dump() for tool in request.tools or []],
-        "truncation": "disabled",
+        "top_logprobs": request.top_logprobs or 0,
+        "truncation": request.truncation or "disabled",
     }
 
 

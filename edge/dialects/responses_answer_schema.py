@@ -15,13 +15,27 @@ from edge.dialects.responses_schema import (
 from edge.response_schema import ErrorDetail, ResponseModel
 
 
+class ResponsesCandidate(ResponseModel):
+    """A token that could stand at one position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ResponsesLogprob(ResponsesCandidate):
+    """A token of the answer. There are some only if they were included."""
+
+    top_logprobs: list[ResponsesCandidate]
+
+
 class ResponsesTextOut(ResponseModel):
     """Text of the answer."""
 
     type: Literal["output_text"]
     text: str
     annotations: list[Any] = Field(max_length=0)
-    logprobs: list[Any] = Field(max_length=0)
+    logprobs: list[ResponsesLogprob]
 
 
 class ResponsesReasoningOut(ResponseModel):
@@ -129,7 +143,8 @@ class ResponsesAnswer(ResponseModel):
     text: ResponsesTextConfig
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice
     tools: list[ResponsesTool]
-    truncation: Literal["disabled"]
+    top_logprobs: int
+    truncation: Literal["auto", "disabled"]
 
 
 class ResponsesEvent(ResponseModel):
@@ -180,7 +195,7 @@ class ResponsesTextDelta(ResponsesPlaceEvent):
     type: Literal["response.output_text.delta"]
     content_index: Literal[0]
     delta: str
-    logprobs: list[Any] = Field(max_length=0)
+    logprobs: list[ResponsesLogprob]
 
 
 class ResponsesTextDone(ResponsesPlaceEvent):
@@ -189,7 +204,7 @@ class ResponsesTextDone(ResponsesPlaceEvent):
     type: Literal["response.output_text.done"]
     content_index: Literal[0]
     text: str
-    logprobs: list[Any] = Field(max_length=0)
+    logprobs: list[ResponsesLogprob]
 
 
 class ResponsesReasoningDelta(ResponsesPlaceEvent):

@@ -1,13 +1,16 @@
 """The output items of /v1/responses: reasoning, messages and calls of functions, and the events that tell of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeAlias
 
+from edge.dialects.openai_wire import token_logprobs
 from protos.sluice.v1 import generation_pb2 as pb
 
 # All fields of an event but its sequence number.
 Event: TypeAlias = dict[str, Any]
+# A token with its log-probability and candidates.
+Logprob: TypeAlias = dict[str, Any]
 
 IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
 
@@ -32,8 +35,8 @@ class Item(ABC):
         """All text so far."""
         return "".join(self._pieces)
 
-    def add(self, text: str) -> Event:
-        """Takes more text."""
+    def add(self, text: str, logprobs: Sequence[Logprob] = ()) -> Event:  # noqa: ARG002
+        """Takes more text. Only the answer's has log-probabilities, if they were asked for."""
         self._pieces.append(text)
         return {"type": self.delta_type, **self._place, "delta": text}
 
@@ -71,16 +74,10 @@ class PartItem(Item):
 
     done_type: ClassVar[str]
     part: ClassVar[dict[str, Any]]
-    # More fields of the events of its text.
-    text_fields: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, response_id: str, index: int) -> None:
         super().__init__(response_id, index)
         self._place["content_index"] = 0
-
-    def add(self, text: str) -> Event:
-        """Takes more text."""
-        return super().add(text) | self.text_fields
 
     def open(self) -> Iterator[Event]:
         """The events before the first text."""
@@ -90,12 +87,16 @@ class PartItem(Item):
     def close(self) -> Iterator[Event]:
         """The events after the last text."""
         text = self.text
-        yield {"type": self.done_type, **self._place, "text": text, **self.text_fields}
+        yield {"type": self.done_type, **self._place, "text": text, **self._more_of_text()}
         yield {"type": "response.content_part.done", **self._place, "part": self._part(text)}
         yield from super().close()
 
     def _part(self, text: str) -> dict[str, Any]:
-        return self.part | {"text": text}
+        return self.part | self._more_of_text() | {"text": text}
+
+    def _more_of_text(self) -> dict[str, Any]:
+        """What stands beside its text so far."""
+        return {}
 
     def _content(self) -> list[dict[str, Any]]:
         return [] if self._status == IN_PROGRESS else [self._part(self.text)]
@@ -106,8 +107,16 @@ class MessageItem(PartItem):
 
     prefix = "msg"
     delta_type, done_type = "response.output_text.delta", "response.output_text.done"
-    part: ClassVar[dict[str, Any]] = {"type": "output_text", "annotations": [], "logprobs": []}
-    text_fields: ClassVar[dict[str, Any]] = {"logprobs": []}
+    part: ClassVar[dict[str, Any]] = {"type": "output_text", "annotations": []}
+
+    def __init__(self, response_id: str, index: int) -> None:
+        super().__init__(response_id, index)
+        self._logprobs: list[Logprob] = []
+
+    def add(self, text: str, logprobs: Sequence[Logprob] = ()) -> Event:
+        """Takes more text with its log-probabilities."""
+        self._logprobs += logprobs
+        return super().add(text) | {"logprobs": [*logprobs]}
 
     def as_json(self) -> dict[str, Any]:
         """The item."""
@@ -122,6 +131,9 @@ class MessageItem(PartItem):
     def add_to(self, message: pb.ChatMessage) -> None:
         """Adds it to an assistant's message."""
         message.content += self.text
+
+    def _more_of_text(self) -> dict[str, Any]:
+        return {"logprobs": self._logprobs.copy()}
 
 
 class ReasoningItem(PartItem):
@@ -185,9 +197,12 @@ class Output:
         self._id = response_id
         self._items: list[Item] = []
         self._open: Item | None = None
+        # Log-probabilities of tokens whose text is still to come: parts of a character, or of a stop sequence.
+        self._logprobs: list[Logprob] = []
         self._tokens = 0
         # The contract counts no tokens of reasoning, so these are the tokens up to its last piece. Where one delta has
-        # both the end of the reasoning and the beginning of the answer, all of it counts.
+        # both the end of the reasoning and the beginning of the answer, all of it counts, and all of its
+        # log-probabilities are the answer's.
         self.reasoning_tokens = 0
 
     def take(self, delta: pb.Delta) -> list[Event]:
@@ -197,8 +212,11 @@ class Output:
         if delta.reasoning:
             self.reasoning_tokens = self._tokens
             events += self._more(ReasoningItem, delta.reasoning)
+        self._logprobs += token_logprobs(delta)
         if delta.text:
-            events += self._more(MessageItem, delta.text)
+            events += self._more(MessageItem, delta.text, self._logprobs)
+        if delta.text or delta.reasoning or delta.tool_calls:
+            self._logprobs = []
         for call in delta.tool_calls:
             if call.HasField("name"):
                 events += self._enter(CallItem(self._id, len(self._items), call))
@@ -209,6 +227,8 @@ class Output:
     def end(self, status: str) -> list[Event]:
         """The events of the end. The last item has the status, and there is one."""
         events = [] if self._items else self._enter(MessageItem(self._id, 0))
+        if self._logprobs and isinstance(self._open, MessageItem):
+            events.append(self._open.add("", self._logprobs))
         return [*events, *self._close(status)]
 
     def break_off(self) -> None:
@@ -227,11 +247,13 @@ class Output:
             item.add_to(message)
         return message
 
-    def _more(self, kind: type[PartItem], text: str) -> Iterator[Event]:
+    def _more(
+        self, kind: type[PartItem], text: str, logprobs: Sequence[Logprob] = ()
+    ) -> Iterator[Event]:
         if not isinstance(self._open, kind):
             yield from self._enter(kind(self._id, len(self._items)))
         if self._open is not None:
-            yield self._open.add(text)
+            yield self._open.add(text, logprobs)
 
     def _enter(self, item: Item) -> list[Event]:
         events = [*self._close(COMPLETED), *item.open()]

@@ -1,6 +1,6 @@
 """Body of POST /v1/responses, as OpenAI documents it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -10,7 +10,6 @@ from edge.dialects.schema import (
     Items,
     Nothing,
     OnlyFalse,
-    OnlyZero,
     RequestModel,
     SamplingFields,
     SomeItems,
@@ -18,6 +17,18 @@ from edge.dialects.schema import (
     Uint32,
 )
 
+# What may be included: the log-probabilities, and what belongs to tools and inputs that do not exist here.
+LOGPROBS: Final = "message.output_text.logprobs"
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
 ItemId = Annotated[str, Field(max_length=256)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -198,9 +209,20 @@ class ResponsesRequest(SamplingFields, StoppingFields):
         description="A kept response whose conversation, with its answer, comes before the input.",
     )
 
+    include: Items[Includable] | None = Field(
+        None,
+        description="message.output_text.logprobs sends log-probabilities. The others have no effect: reasoning is sent"
+        " as it is, and there is none of the rest.",
+    )
+    top_logprobs: Uint32 | None = Field(
+        None,
+        description="Likeliest candidates at each position; above 0 only with message.output_text.logprobs included.",
+    )
+
     # Accepted, and without effect here.
-    include: Items[Literal["reasoning.encrypted_content"]] | None = Field(
-        None, description="No effect: reasoning is sent as it is."
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None,
+        description="No effect: nothing is ever dropped. What does not fit the context is a 400.",
     )
     metadata: Annotated[dict[str, str], Field(fail_fast=True)] | None = Field(
         None, description="Comes back in the answer."
@@ -215,8 +237,6 @@ class ResponsesRequest(SamplingFields, StoppingFields):
     conversation: None = None
     background: OnlyFalse | None = None
     prompt: None = None
-    truncation: Literal["disabled"] | None = None
-    top_logprobs: OnlyZero | None = None
     max_tool_calls: None = None
     moderation: None = None
     context_management: Nothing | None = None
@@ -226,8 +246,6 @@ class ResponsesRequest(SamplingFields, StoppingFields):
             "conversation",
             "background",
             "prompt",
-            "truncation",
-            "top_logprobs",
             "max_tool_calls",
             "moderation",
             "context_management",

@@ -3,6 +3,7 @@
 import math
 
 import httpx
+import jsonschema
 import pytest
 
 from protos.sluice.v1 import generation_pb2 as pb
@@ -62,6 +63,40 @@ async def test_chat_without_asking(http: httpx.AsyncClient, worker: ScriptedWork
     body = {"messages": [{"role": "user", "content": "x"}]}
     whole = (await http.post("/v1/chat/completions", json=body)).json()
     assert whole["choices"][0]["logprobs"] is None
+
+
+async def test_a_response(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    async def script(call: ScriptedCall) -> None:
+        await call.started()
+        await call.delta("", reasoning="Hm", logprobs=[entry(b"Hm", -1.0)])
+        await call.delta(
+            "a", logprobs=[entry(b"a", -0.5, candidate(b"a", -0.5), candidate(b"b", -1.5))]
+        )
+        await call.delta("", logprobs=[entry(SMILE[:2], -0.25)])
+        await call.delta("😀", logprobs=[entry(SMILE[2:], -math.inf)])
+        await call.delta("", logprobs=[entry(SMILE[:1], -2.0)])  # cut inside a character
+        await call.finished(pb.FINISH_REASON_LENGTH)
+
+    worker.script = script
+    body = {"input": "x", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    whole = (await http.post("/v1/responses", json=body)).json()
+    cut = {"token": "\\xf0", "logprob": -2.0, "bytes": [0xF0], "top_logprobs": []}
+    (part,) = whole["output"][1]["content"]
+    assert (part["text"], part["logprobs"]) == ("a😀", [*CONTENT, cut])
+    assert whole["top_logprobs"] == 2
+    response = await http.post("/v1/responses", json=body | {"stream": True})
+    events = [event.json() for event in parse(response.content).events]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [(delta["delta"], delta["logprobs"]) for delta in deltas] == [
+        ("a", CONTENT[:1]),
+        ("😀", CONTENT[1:]),
+        ("", [cut]),
+    ]
+    (done,) = (event for event in events if event["type"] == "response.output_text.done")
+    assert done["logprobs"] == part["logprobs"]
+    document = (await http.get("/openapi.json")).json()
+    schema = {"$ref": "#/components/schemas/ResponsesAnswer", "components": document["components"]}
+    jsonschema.validate(whole, schema)
 
 
 async def test_legacy(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:

@@ -141,15 +141,37 @@ def test_effort_is_told_to_the_template() -> None:
     assert told(None) == {}
 
 
+def test_what_clients_send_by_default_is_taken() -> None:
+    # as the Codex CLI and openai-agents ask, which keep the conversation themselves
+    taken = request_of(
+        store=False,
+        include=["reasoning.encrypted_content", "web_search_call.action.sources"],
+        truncation="auto",
+        tool_choice="auto",
+        parallel_tool_calls=False,
+        prompt_cache_key="a",
+    )
+    assert not taken.output.HasField("logprobs")
+
+
+def test_logprobs_are_included() -> None:
+    include = ["message.output_text.logprobs"]
+    asked = request_of(include=include).output
+    assert (asked.HasField("logprobs"), asked.logprobs) == (True, 0)
+    assert request_of(include=include, top_logprobs=3).output.logprobs == 3
+    assert not request_of(top_logprobs=0).output.HasField("logprobs")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"previous_response_id": 1}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 2, "include": ["reasoning.encrypted_content"]}, "top_logprobs"),
+        ({"include": ["message.output_audio"]}, "include"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"max_tool_calls": 1}, "max_tool_calls"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options"),
