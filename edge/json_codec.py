@@ -1,4 +1,4 @@
-"""JSON in and out: bounded depth in, no raw line separators out."""
+"""JSON in and out: bounded depth and number of values in, no raw line separators out."""
 
 import re
 from typing import Any
@@ -31,8 +31,17 @@ def decode(data: bytes) -> Any:
     return orjson.loads(data)
 
 
-def decode_object(data: bytes, max_depth: int) -> dict[str, Any]:
-    """The JSON object in `data`. Raises a 400 for anything else, and for nesting beyond `max_depth`."""
+def decode_object(data: bytes, max_depth: int, max_values: int | None = None) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Raises a 400 for anything else, for nesting beyond `max_depth`, and for more than `max_values` (None: any number)
+    objects, arrays and strings, names of fields included. Numbers may be as many as there is room for: prompts are
+    made of them, and they cost little.
+    """
+    if max_values is not None and _has_more(data, max_values):
+        raise invalid_request(
+            f"The request body has more than {max_values} objects, arrays and strings."
+        )
     if _is_deeper(data, max_depth):
         raise invalid_request(f"The request body is nested deeper than {max_depth} levels.")
     try:
@@ -46,6 +55,17 @@ def decode_object(data: bytes, max_depth: int) -> dict[str, Any]:
 
 def _not_json(error: orjson.JSONDecodeError) -> EdgeError:
     return invalid_request(f"The request body is not valid JSON: {error}.")
+
+
+def _has_more(data: bytes, limit: int) -> bool:
+    quotes = data.count(b'"')
+    if data.count(b"[") + data.count(b"{") + (quotes + 1) // 2 <= limit:
+        return False
+    # At least so many of the quotes begin or end a string.
+    if (quotes - data.count(b'\\"')) // 2 > limit:
+        return True
+    rest, strings = _STRING.subn(b"", data)
+    return strings + rest.count(b"[") + rest.count(b"{") > limit
 
 
 def _is_deeper(data: bytes, limit: int) -> bool:

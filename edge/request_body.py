@@ -1,6 +1,9 @@
-"""Reads a request body within its limit."""
+"""Reads a request body within its limits."""
 
-from typing import Any
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 
@@ -10,6 +13,11 @@ from edge.json_codec import decode_object
 
 # How much of a body beyond the limit is read and dropped, so that a client which writes before it reads gets its 413.
 _DISCARD_FACTOR = 8
+# What larger bodies take is felt by others, so it is done beside the event loop; of those two at a time.
+_LARGE_BYTES: Final = 64 * 1024
+_large_bodies: Final = ThreadPoolExecutor(2, thread_name_prefix="large-body")
+
+T = TypeVar("T")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -55,7 +63,27 @@ def _too_large(limit: int) -> EdgeError:
     )
 
 
-async def read_object(request: Request, limits: PromptLimits) -> dict[str, Any]:
-    """The JSON object that the body holds."""
-    body = await read_body(request, limits.max_body_bytes)
-    return decode_object(body, limits.max_json_depth)
+async def read_parsed(
+    request: Request, limits: PromptLimits, parse: Callable[[dict[str, Any]], T]
+) -> T:
+    """What `parse` makes of the JSON object that the body holds."""
+    return await parsed(await read_body(request, limits.max_body_bytes), limits, parse)
+
+
+async def parsed(data: bytes, limits: PromptLimits, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What `parse` makes of a JSON object; of a large one on another thread.
+
+    Raises what `parse` does, and a 400.
+    """
+
+    def parse_all() -> T:
+        return parse(decode_object(data, limits.max_json_depth, limits.max_json_values))
+
+    return await beside_the_loop(parse_all, len(data))
+
+
+async def beside_the_loop(work: Callable[[], T], size: int) -> T:
+    """The result of `work` on `size` bytes, on another thread if they are many."""
+    if size <= _LARGE_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_large_bodies, work)

@@ -292,6 +292,13 @@ class EdgeSettings(BaseSettings):
         description="Deepest nesting of a request body.",
         json_schema_extra=unit("levels"),
     )
+    max_json_values: int = Field(
+        65536,
+        ge=16,
+        le=2**24,
+        description="Most objects, arrays and strings in a request body, names of fields included.",
+        json_schema_extra=unit("values"),
+    )
     max_prompts: int = Field(
         32,
         ge=1,

@@ -20,7 +20,7 @@ from edge.error_response import error_response
 from edge.errors import ClientGoneError, EdgeError, permission_denied, server_error
 from edge.gate import Gate, caller_of
 from edge.generation import Generation
-from edge.json_codec import decode_object
+from edge.request_body import parsed
 from edge.request_log import RequestRecord, record_of
 from edge.settings import EdgeSettings
 from edge.worker_pool import WorkerPool
@@ -168,10 +168,14 @@ class Socket:
             await self._close(POLICY_VIOLATION, "the API key is no longer valid")
             return False
         frame_id = None
-        try:
-            body = decode_object(text.encode(), self._limits.max_json_depth)
+
+        def parse(body: dict[str, Any]) -> dialect.Generate | dialect.Cancel:
+            nonlocal frame_id
             frame_id = dialect.id_of(body)
-            wish = dialect.parse(body, self._limits)
+            return dialect.parse(body, self._limits)
+
+        try:
+            wish = await parsed(text.encode(), self._limits, parse)
             if isinstance(wish, dialect.Cancel):
                 self._cancel(wish)
             else:

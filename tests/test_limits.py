@@ -22,6 +22,7 @@ KEPT = "worker/test_resume.py::test_"
 TESTS: dict[tuple[str, str], str] = {
     ("edge", "max_body_bytes"): HTTP_LIMITS,
     ("edge", "max_json_depth"): HTTP_LIMITS,
+    ("edge", "max_json_values"): HTTP_LIMITS,
     ("edge", "max_prompts"): HTTP_LIMITS,
     ("edge", "max_url_bytes"): HTTP_LIMITS,
     ("edge", "max_query_parameters"): HTTP_LIMITS,

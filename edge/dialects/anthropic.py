@@ -23,7 +23,7 @@ from edge.dialects.schema import validate
 from edge.errors import EdgeError, from_finish, invalid_request, server_error
 from edge.info_endpoints import json_response
 from edge.json_codec import decode, encode
-from edge.request_body import read_object
+from edge.request_body import read_parsed
 from edge.request_log import record_of
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -111,16 +111,19 @@ class CountTokens:
     async def answer(self, request: Request) -> Response:
         """The length of the prompt that the messages make."""
         try:
-            body = validate(AnthropicFields, await read_object(request, self._limits))
-            answer = await self._workers.tokenize(
-                pb.TokenizeRequest(model=body.model, prompt=pb.Prompt(chat=_chat(body)))
-            )
+            asked = await read_parsed(request, self._limits, _to_count)
+            answer = await self._workers.tokenize(asked)
         except EdgeError as error:
             error.rename_param(NAMES)
             record = record_of(request.scope)
             record.error(error)
             return refuse(error, record.request_id)
         return json_response({"input_tokens": len(answer.token_ids)})
+
+
+def _to_count(fields: Mapping[str, Any]) -> pb.TokenizeRequest:
+    body = validate(AnthropicFields, fields)
+    return pb.TokenizeRequest(model=body.model, prompt=pb.Prompt(chat=_chat(body)))
 
 
 def _error(error: EdgeError, status: int, request_id: str) -> bytes:

@@ -60,6 +60,7 @@ class PromptLimits:
 
     max_body_bytes: int
     max_json_depth: int
+    max_json_values: int
     max_prompts: int
     # The window of requests that say nothing of one, where their dialect is one that resumes.
     resume_window_seconds: float = 0
@@ -70,6 +71,7 @@ class PromptLimits:
         return cls(
             settings.max_body_bytes,
             settings.max_json_depth,
+            settings.max_json_values,
             settings.max_prompts,
             settings.resume_window_seconds,
         )

@@ -1,7 +1,7 @@
 """What /v1/responses does with responses that were begun before: the worker keeps them for the resume window."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from edge.dialects import responses
 from edge.dialects.common import new_id
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.responses_output import IN_PROGRESS
+from edge.dialects.responses_schema import ResponsesRequest
 from edge.dialects.responses_state import ResponseState, is_request_id, resume_id_of
 from edge.dialects.schema import RequestModel, Uint32, validate
 from edge.error_response import error_response
@@ -19,7 +20,7 @@ from edge.errors import STREAM_NOT_FOUND, EdgeError, invalid_request, is_lost
 from edge.gate import QUERY_PARAMETER, caller_of
 from edge.generation import Generation
 from edge.info_endpoints import json_response
-from edge.request_body import read_object
+from edge.request_body import read_parsed
 from edge.request_timeout import duration
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -45,21 +46,31 @@ class ResponsesEndpoints:
 
     async def parse(self, request: Request, limits: PromptLimits) -> ParsedRequest:
         """POST /v1/responses, after the conversation so far if it names a response."""
-        body = responses.read(await read_object(request, limits))
-        before: list[pb.ChatMessage] = []
-        if body.previous_response_id is not None:
-            try:
-                previous = await self._load(body.previous_response_id, request)
-            except EdgeError as error:
-                if error.code != "response_not_found":
-                    raise
-                raise _not_found("previous_response_id") from None
-            if previous.status == IN_PROGRESS:
-                raise invalid_request(
-                    "The response is still in progress.", "previous_response_id", "in_progress"
-                )
-            before = [*previous.conversation, previous.output.as_message()]
-        return responses.build(body, limits, before)
+
+        def parse(fields: dict[str, Any]) -> ResponsesRequest | ParsedRequest:
+            body = responses.read(fields)
+            if body.previous_response_id is not None:
+                return body
+            return responses.build(body, limits)
+
+        made = await read_parsed(request, limits, parse)
+        if isinstance(made, ParsedRequest):
+            return made
+        return responses.build(made, limits, await self._before(made, request))
+
+    async def _before(self, body: ResponsesRequest, request: Request) -> list[pb.ChatMessage]:
+        """The conversation that it goes on with."""
+        try:
+            previous = await self._load(body.previous_response_id or "", request)
+        except EdgeError as error:
+            if error.code != "response_not_found":
+                raise
+            raise _not_found("previous_response_id") from None
+        if previous.status == IN_PROGRESS:
+            raise invalid_request(
+                "The response is still in progress.", "previous_response_id", "in_progress"
+            )
+        return [*previous.conversation, previous.output.as_message()]
 
     async def parse_events(self, request: Request, limits: PromptLimits) -> ParsedRequest:  # noqa: ARG002
         """GET /v1/responses/{id}?stream=true: its events as they were and come."""

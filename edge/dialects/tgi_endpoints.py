@@ -1,6 +1,7 @@
 """TGI's routes that do not generate: GET /info and POST /tokenize."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from edge.dialects.tgi import NAMES, refuse
 from edge.dialects.tgi_schema import TgiTokenizeRequest
 from edge.errors import ClientGoneError, EdgeError
 from edge.info_endpoints import json_response
-from edge.request_body import read_object
+from edge.request_body import read_parsed
 from edge.request_log import record_of
 from edge.version import version_of_sluice
 from edge.worker_pool import WorkerPool
@@ -49,7 +50,7 @@ class TgiEndpoints:
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text, special ones before it included."""
         try:
-            body = validate(TgiTokenizeRequest, await read_object(request, self._limits))
+            body = await read_parsed(request, self._limits, partial(validate, TgiTokenizeRequest))
             prompt = pb.Prompt(text=body.inputs)
             answer = await self._workers.tokenize(pb.TokenizeRequest(prompt=prompt))
         except EdgeError as error:

@@ -8,14 +8,14 @@ from starlette.requests import Request
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.generate_endpoint import Parse
 from edge.operation import BodyParse
-from edge.request_body import read_object
+from edge.request_body import read_parsed
 
 
 def from_body(parse: BodyParse) -> Parse:
     """For routes whose request is the body alone."""
 
     async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
-        return parse(await read_object(request, limits), limits)
+        return await read_parsed(request, limits, lambda body: parse(body, limits))
 
     return read_and_parse
 
@@ -26,6 +26,7 @@ def from_path_and_body(
     """For routes whose path says something too."""
 
     async def read_and_parse(request: Request, limits: PromptLimits) -> ParsedRequest:
-        return parse(await read_object(request, limits), limits, request.path_params)
+        path = request.path_params
+        return await read_parsed(request, limits, lambda body: parse(body, limits, path))
 
     return read_and_parse

@@ -1,5 +1,6 @@
 """Bodies that are made to be expensive to refuse: what is collected about them stays small."""
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.requests import Request
 
 from edge.dialects import (
     ai_sdk,
@@ -25,14 +27,17 @@ from edge.dialects import (
     triton,
 )
 from edge.dialects.dialect import ParsedRequest, PromptLimits
-from edge.errors import EdgeError
+from edge.errors import EdgeError, invalid_request
 from edge.json_codec import decode_object
+from edge.request_body import read_parsed
 from protos.sluice.v1 import generation_pb2 as pb
 
 MANY = 20_000
 NUM_PARTS = 2000
 MOST_ERRORS = 100
-LIMITS = PromptLimits(max_body_bytes=4 << 20, max_json_depth=32, max_prompts=32)
+LIMITS = PromptLimits(
+    max_body_bytes=4 << 20, max_json_depth=32, max_json_values=65536, max_prompts=32
+)
 HI = [{"role": "user", "content": "hi"}]
 FIELDS = {f"field{number}": 1 for number in range(MANY)}
 Parse = Callable[[Mapping[str, Any], PromptLimits], ParsedRequest]
@@ -301,6 +306,49 @@ def test_depth_is_counted_exactly(value: Any) -> None:
     assert decode_object(data, depth(body)) == body
     with pytest.raises(EdgeError, match="deeper"):
         decode_object(data, depth(body) - 1)
+
+
+@given(
+    st.recursive(
+        st.sampled_from([1, None, "x", '"', '\\"', "\\", '[{"', "]}"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('["\\'), inner),
+        max_leaves=12,
+    )
+)
+def test_values_are_counted_exactly(value: Any) -> None:
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + len(value) + sum(map(count, value.values()))
+        return 1 + sum(map(count, value)) if isinstance(value, list) else isinstance(value, str)
+
+    body = {"a": value}
+    data = orjson.dumps(body)
+    assert decode_object(data, 100, count(body)) == body
+    with pytest.raises(EdgeError, match="objects, arrays and strings") as refused:
+        decode_object(data, 100, count(body) - 1)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(("size", "is_beside"), [(100, False), (100_000, True)])
+async def test_a_large_body_is_parsed_beside_the_event_loop(size: int, is_beside: bool) -> None:
+    data = orjson.dumps({"a": "x" * size})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": data}
+
+    def parse(body: dict[str, Any]) -> threading.Thread:
+        assert len(body["a"]) == size
+        return threading.current_thread()
+
+    request = Request({"type": "http", "headers": []}, receive)
+    thread = await read_parsed(request, LIMITS, parse)
+    assert (thread is not threading.current_thread()) == is_beside
+
+    def refuse(body: dict[str, Any]) -> None:
+        raise invalid_request("no", "a")
+
+    with pytest.raises(EdgeError, match="no"):
+        await read_parsed(request, LIMITS, refuse)
 
 
 @pytest.mark.parametrize("data", [b"[" * 40, b"]" * 40, b"][" * 40, b"{", b"(" * 40 + b"[]"])

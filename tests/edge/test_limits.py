@@ -24,6 +24,7 @@ SMALL = {
     "max_query_parameters": 5,
     "max_body_bytes": 1024,
     "max_json_depth": 5,
+    "max_json_values": 20,
     "max_prompts": 2,
 }
 
@@ -69,6 +70,11 @@ CASES: dict[str, tuple[bytes, bytes, bytes]] = {
     "depth": (
         request_bytes("/v1/completions", {"prompt": "x", "logit_bias": {}}),
         NEST,
+        b"400 Bad Request",
+    ),
+    "values": (
+        request_bytes("/v1/completions", {"prompt": "x", "stop": ["y"] * 15}),
+        request_bytes("/v1/completions", {"prompt": "x", "stop": ["y"] * 16}),
         b"400 Bad Request",
     ),
     "prompts": (

@@ -13,7 +13,9 @@ from edge.errors import EdgeError
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker, bad_field
 
-LIMITS = PromptLimits(max_body_bytes=4 << 20, max_json_depth=32, max_prompts=32)
+LIMITS = PromptLimits(
+    max_body_bytes=4 << 20, max_json_depth=32, max_json_values=65536, max_prompts=32
+)
 WEATHER = {
     "type": "function",
     "name": "weather",
