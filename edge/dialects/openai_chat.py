@@ -7,7 +7,7 @@ from typing import Any
 from edge.dialects.common import field_names, new_id
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.openai_chat_schema import ChatCompletionRequest, ChatMessage, ChatNamedTool
-from edge.dialects.openai_schema import TOOL_CHOICE_MODES, agreed
+from edge.dialects.openai_schema import TOOL_CHOICE_MODES, agreed, tell_effort
 from edge.dialects.openai_wire import ChunkEncoder, UsageCount, finish_reason, token_logprobs
 from edge.dialects.schema import validate
 from edge.errors import invalid_request
@@ -91,6 +91,7 @@ def _chat(request: ChatCompletionRequest) -> pb.Chat:
         chat.tool_choice.mode = TOOL_CHOICE_MODES[choice]
     if request.tools and request.parallel_tool_calls is not None:
         chat.parallel_tool_calls = request.parallel_tool_calls
+    tell_effort(chat, request.reasoning_effort)
     if request.chat_template_kwargs:
         chat.template_arguments.update(request.chat_template_kwargs)
     return chat

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from edge.dialects.openai_schema import OpenAIFields
+from edge.dialects.openai_schema import EFFORT_EFFECT, OpenAIFields, ReasoningEffort
 from edge.dialects.schema import Items, Nothing, RequestModel, SomeItems, Uint32
 
 
@@ -111,8 +111,10 @@ class ChatCompletionRequest(OpenAIFields):
     tools: Items[ChatTool] | None = Field(None, description="Functions that the model may call.")
     tool_choice: Literal["none", "auto", "required"] | ChatNamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    reasoning_effort: ReasoningEffort | None = Field(None, description=EFFORT_EFFECT)
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="More variables of the chat template."
+        None,
+        description="More variables of the chat template; they go before those of reasoning_effort.",
     )
 
     # Accepted with values that ask for nothing.
@@ -121,7 +123,6 @@ class ChatCompletionRequest(OpenAIFields):
     modalities: Items[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
-    reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
 
@@ -131,7 +132,6 @@ class ChatCompletionRequest(OpenAIFields):
         "modalities",
         "audio",
         "prediction",
-        "reasoning_effort",
         "verbosity",
         "web_search_options",
     }

@@ -1,6 +1,6 @@
 """Request fields that both OpenAI routes share, and how they read."""
 
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -26,6 +26,17 @@ TOOL_CHOICE_MODES: Final = {
     "auto": pb.TOOL_CHOICE_MODE_AUTO,
     "required": pb.TOOL_CHOICE_MODE_REQUIRED,
 }
+
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORT_EFFECT: Final = "Told to the chat template as reasoning_effort, and as enable_thinking, which is false for none."
+
+
+def tell_effort(chat: pb.Chat, effort: ReasoningEffort | None) -> None:
+    """Tells the chat template how much to reason, if the request says."""
+    if effort is not None:
+        # the first is what Qwen 3 and its like read, the second what gpt-oss does
+        chat.template_arguments["enable_thinking"] = effort != "none"
+        chat.template_arguments["reasoning_effort"] = effort
 
 
 class StreamOptions(RequestModel):

@@ -8,7 +8,7 @@ from typing import Any
 from edge.dialects.common import field_names, window_message
 from edge.dialects.constraint import JsonObjectFormat, of_schema
 from edge.dialects.dialect import ParsedRequest, PromptLimits, StreamEncoder
-from edge.dialects.openai_schema import TOOL_CHOICE_MODES
+from edge.dialects.openai_schema import TOOL_CHOICE_MODES, tell_effort
 from edge.dialects.responses_annotation import MAX_BYTES, Annotation
 from edge.dialects.responses_input import Conversation
 from edge.dialects.responses_output import IN_PROGRESS, Event
@@ -102,11 +102,8 @@ def _chat(request: ResponsesRequest, conversation: Conversation) -> pb.Chat:
         chat.tool_choice.mode = TOOL_CHOICE_MODES[choice]
     if request.tools and request.parallel_tool_calls is not None:
         chat.parallel_tool_calls = request.parallel_tool_calls
-    if request.reasoning is not None and request.reasoning.effort is not None:
-        effort = request.reasoning.effort
-        # the first is what Qwen 3 and its like read, the second what gpt-oss does
-        chat.template_arguments["enable_thinking"] = effort != "none"
-        chat.template_arguments["reasoning_effort"] = effort
+    if request.reasoning is not None:
+        tell_effort(chat, request.reasoning.effort)
     return chat
 
 

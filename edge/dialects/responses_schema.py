@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from edge.dialects.constraint import JsonObjectFormat, NamedSchema, TextFormat
+from edge.dialects.openai_schema import EFFORT_EFFECT, ReasoningEffort
 from edge.dialects.schema import (
     Items,
     Nothing,
@@ -167,10 +168,7 @@ class ResponsesText(RequestModel):
 class ResponsesReasoning(RequestModel):
     """How the model reasons is its own affair; its chat template may be told."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None,
-        description="Told to the chat template as reasoning_effort, and as enable_thinking, which is false for none.",
-    )
+    effort: ReasoningEffort | None = Field(None, description=EFFORT_EFFECT)
     summary: Literal["auto", "concise", "detailed"] | None = Field(
         None, description="No effect: all of the reasoning is sent."
     )

@@ -286,6 +286,6 @@ async def test_unsupported_features_are_refused_at_once(client: openai.AsyncOpen
         await client.chat.completions.create(
             model="default",
             messages=[{"role": "user", "content": "x"}],
-            reasoning_effort="high",
+            verbosity="high",
         )
-    assert caught.value.param == "reasoning_effort"
+    assert caught.value.param == "verbosity"

@@ -195,7 +195,7 @@ async def test_fields_without_effect_are_accepted(
         ("modalities", ["audio"]),
         ("audio", {"voice": "x"}),
         ("prediction", {"type": "content", "content": "x"}),
-        ("reasoning_effort", "high"),
+        ("verbosity", "high"),
         ("web_search_options", {}),
         ("min_tokens", 5),
         ("skip_special_tokens", False),
@@ -294,6 +294,26 @@ async def test_max_completion_tokens(http: httpx.AsyncClient, worker: ScriptedWo
     request = await sent(http, worker, CHAT, max_completion_tokens=3)
     assert request["stopping"] == {"max_tokens": 3}
     assert await sent(http, worker, CHAT, max_completion_tokens=3, max_tokens=3) == request
+
+
+async def test_reasoning_effort_is_told_to_the_template(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    async def told(**fields: Any) -> Any:
+        request = await sent(http, worker, CHAT, **fields)
+        return request["prompt"]["chat"].get("template_arguments")
+
+    high = {"enable_thinking": True, "reasoning_effort": "high"}
+    assert await told(reasoning_effort="high") == high
+    assert await told(reasoning_effort="none") == {
+        "enable_thinking": False,
+        "reasoning_effort": "none",
+    }
+    assert await told(reasoning_effort=None) is None
+    own = {"enable_thinking": False}
+    assert await told(reasoning_effort="high", chat_template_kwargs=own) == high | own
+    error = await refused(http, CHAT, {"messages": HI, "reasoning_effort": "much"})
+    assert error["param"] == "reasoning_effort"
 
 
 async def test_chat_logprobs(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
