@@ -22,7 +22,7 @@ class NewStream(WorkerStream):
 
     def __init__(self, workers: WorkerPool, request: pb.GenerateRequest) -> None:
         super().__init__(workers, request, seconds_of(request))
-        if workers.has_others and self._settings.failover_attempts:
+        if self._may_fail_over:
             request.is_continuable = True
 
     async def _begin(self) -> pb.GenerateResponse | None:

@@ -38,7 +38,7 @@ class ResumedStream(WorkerStream):
         self._resume = request.resume
         # of this call; the generation has a deadline of its own
         request.ClearField("timeout")
-        if workers.has_others and not self._resume.snapshot:
+        if self._may_fail_over and not self._resume.snapshot:
             self._resume.is_continuable = True
 
     async def _begin(self) -> pb.GenerateResponse | None:
@@ -51,7 +51,7 @@ class ResumedStream(WorkerStream):
         message = asked.first.result()
         if message is None or not message.HasField("resumed"):
             return message
-        if self._settings.failover_attempts and message.resumed.HasField("request"):
+        if message.resumed.HasField("request"):
             self._learn(message.resumed)
         return await self._go_on(asked.call)
 

@@ -178,6 +178,11 @@ class WorkerStream(ABC):
             worker = self._workers.pick()
         return worker
 
+    @property
+    def _may_fail_over(self) -> bool:
+        """Whether there is another worker, and it may be asked."""
+        return self._workers.has_others and self._settings.failover_attempts > 0
+
     def _told(self, error: EdgeError) -> EdgeError:
         """What the reader is told for a worker that was lost."""
         is_late = is_call_lost(error) and self._clock() >= self._deadline

@@ -66,8 +66,8 @@ class KeptStreams:
 
     @property
     def num_parked(self) -> int:
-        """How many of them wait for a reader to go on."""
-        return sum(stream.is_parked for stream in self._streams.values())
+        """How many of them wait for a reader to go on. From any thread."""
+        return sum(stream.is_parked for stream in list(self._streams.values()))
 
     def open(self, terms: ResumeTerms, origin: Origin | None = None) -> KeptStream | None:
         """Begin to keep a stream; None if there is no room for it. With an origin another worker may go on with it."""

@@ -13,9 +13,12 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from inference_worker.probes import Probes
 
-# Scrapers are few and quick: whoever comes beyond these is closed, whoever takes longer is cut off.
+# Scrapers are few and quick: whoever takes longer is cut off, and of too many the one that came first, so that those
+# who hold connections open keep no probe from its answer.
 _MAX_CONNECTIONS: Final = 8
 _MAX_SECONDS: Final = 10.0
+# For whoever was cut off to leave its place.
+_LEAVE_SECONDS: Final = 0.5
 _BACKLOG: Final = 16
 
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -65,6 +68,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, family: socket.AddressFamily, address: tuple[str, int]) -> None:
         self.address_family = family
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._requests: dict[socket.socket, None] = {}  # answered now, the first that came first
+        self._lock = threading.Lock()
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -74,11 +79,20 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer on a thread, if there is a place."""
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """Answer on a thread, in the place of the one that came first if there is no other."""
+        if not self._places.acquire(blocking=False):
+            self._cut_first()
+            if not self._places.acquire(timeout=_LEAVE_SECONDS):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._requests[request] = None
+        super().process_request(request, client_address)
+
+    def _cut_first(self) -> None:
+        with self._lock:
+            if (first := next(iter(self._requests), None)) is not None:
+                _cut(first)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, for so long at most."""
@@ -89,6 +103,8 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request_thread(request, client_address)
         finally:
             limit.cancel()
+            with self._lock:
+                del self._requests[request]
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:

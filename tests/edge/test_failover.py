@@ -423,6 +423,19 @@ async def test_a_stream_that_was_resumed_goes_on_elsewhere_too() -> None:
         assert rest == expected
 
 
+async def test_where_failover_is_off_nobody_asks_for_what_it_takes() -> None:
+    async def resume(call: ScriptedCall) -> None:
+        call._sequence_number = 3
+        await call.finished(completion_tokens=9)
+
+    async with running_pool(2, failover_attempts=0) as pool:
+        set_resume_scripts(pool, resume, resume)
+        await reconnect(pool)
+        asked = [call.request.resume for worker in pool.workers for call in worker.calls]
+        assert len(asked) == 2
+        assert not any(resume.is_continuable for resume in asked)
+
+
 async def test_a_worker_that_is_lost_before_a_stream_is_read_from_its_beginning() -> None:
     async def resume(call: ScriptedCall) -> None:
         await call.context.write(pb.GenerateResponse(resumed=resumed(call)))

@@ -25,7 +25,12 @@ def gather(tensors: Sequence[torch.Tensor]) -> None:
     sizes = [-(-x.nbytes // _LINE) * _LINE for x in tensors]
     if not sum(sizes) or sum(sizes) > _MOST_BYTES:
         return
-    memory = _allocate(sum(sizes))
+    try:
+        memory = _allocate(sum(sizes))
+    except (
+        OSError
+    ):  # no room for them twice: they stay where they are, which is slower and no error
+        return
     for tensor, part in zip(tensors, torch.split(memory, sizes), strict=True):
         place = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor.detach())

@@ -169,11 +169,11 @@ class NativeDecoder:
         if all(a <= b for a, b in zip(needed, self._room, strict=True)):
             return
         tokens, wanted, longest = map(max, needed, self._room)
-        self._room = tokens, wanted, longest
-        model = ctypes.byref(self._model)
-        self._scratch = torch.empty(
-            self._library.scratch_size(model, *self._room, self._num_threads)
+        size = self._library.scratch_size(
+            ctypes.byref(self._model), tokens, wanted, longest, self._num_threads
         )
+        self._scratch = torch.empty(size)
+        self._room = tokens, wanted, longest  # not before: there may be no memory for it
 
     def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         # asked for more positions than the model was made for, some embeddings change their frequencies

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import weakref
 
 import pytest
@@ -29,6 +31,18 @@ def test_tensors_of_any_kind_lie_behind_each_other() -> None:
     first = tensors[0].data_ptr()
     assert first % LARGE_PAGE == 0
     assert [x.data_ptr() - first for x in tensors] == [0, 64, 128]  # a line each
+
+
+def test_where_there_is_no_room_for_them_twice_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    tensor = torch.randn(3, 5)
+    address, copy = tensor.data_ptr(), tensor.clone()
+    arena.gather([tensor])
+    assert tensor.data_ptr() == address
+    assert torch.equal(tensor, copy)
 
 
 def test_memory_lives_as_long_as_any_of_its_tensors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import itertools
 import logging
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from inference_worker.engine.runner import OutOfMemory
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.batch import Span
 from inference_worker.model.decoder import FusedDecoder, fuse
@@ -189,6 +191,32 @@ def test_outputs_that_are_no_whole_block_are_not_for_c() -> None:
 def test_deterministic_takes_it_as_it_is() -> None:
     runner = new_runner(build("llama"), native=True, deterministic=True)
     assert isinstance(runner._forward, NativeDecoder)
+
+
+def test_memory_that_there_was_none_of_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_from(config("Llama"))
+    runner = native_runner(model)
+    prompt = prompt_of(40)
+    allocate = torch.empty
+
+    def refuse(*size: object, **options: object) -> torch.Tensor:
+        if len(size) == 1 and isinstance(size[0], int):  # scratch memory alone
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return allocate(*size, **options)  # type: ignore[call-overload, no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(OutOfMemory):
+            Driver(runner, max_chunk=40).run([new_sequence(prompt)], 2)
+    forward = runner._forward
+    assert isinstance(forward, NativeDecoder)
+    room = forward._library.scratch_size(
+        ctypes.byref(forward._model), *forward._room, forward._num_threads
+    )
+    assert room <= len(forward._scratch)  # what C takes for its own
+    sequence = new_sequence(prompt)
+    Driver(runner, max_chunk=39).run([sequence], 4)
+    assert sequence.token_ids == generate(model, prompt, 4)
 
 
 def test_positions_beyond_those_computed_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
