@@ -86,6 +86,7 @@ class Generation:
         self._completion_tokens = 0  # that its key was charged for
         self._is_started = False
         self._is_over = False  # for the engine; its reader may still have to read
+        self.is_ending = False  # it was told to, and its last messages are about to come
 
     def end(self, reason: FinishReason) -> bool:
         """End it now, wherever it is; its reader gets a `finished` with the reason for each choice.
@@ -94,6 +95,7 @@ class Generation:
         """
         if self._is_over:
             return False
+        self.is_ending = True
         if self._request is not None:
             self._backend.engine.cancel(self._request, reason)
             return True

@@ -285,7 +285,7 @@ class KeptStream:
     def _park(self) -> None:
         """Nobody reads: have the generation leave the engine, if it can come back."""
         parkable = self._parkable
-        if parkable is None or not parkable.is_begun or parkable.is_whole or self._task is None:
+        if parkable is None or not parkable.can_park or self._task is None:
             return
         self.is_parked = True
         self._is_waking = False

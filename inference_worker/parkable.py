@@ -31,6 +31,15 @@ class Generate(Protocol):
         ...
 
 
+class Part(Protocol):
+    """One part of it, while it runs."""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was told to end, so that its last messages are about to come."""
+        ...
+
+
 class Parkable:
     """One request, generated in as many parts as it takes. Used from the event loop only.
 
@@ -55,13 +64,20 @@ class Parkable:
         self._registry = registry
         self._given = DeliveredChoices(request.continuation.choices)
         self._started: pb.Started | None = None
-        self.is_whole = False  # all of its messages were given
+        self._part: Part | None = None  # the latest that was admitted
+        self._is_whole = False  # all of its messages were given
         self.on_end: Callable[[FinishReason], bool] = lambda _: False  # of a parked one
 
     @property
     def is_begun(self) -> bool:
         """Whether its header was given."""
         return self._started is not None
+
+    @property
+    def can_park(self) -> bool:
+        """Whether there is a rest to come back for. One that was told to end gives its last messages instead."""
+        is_ending = self._part is not None and self._part.is_ending
+        return self.is_begun and not self._is_whole and not is_ending
 
     @property
     def is_late(self) -> bool:
@@ -81,6 +97,10 @@ class Parkable:
             self._continue(self._started)
         return self._generate(self._request, self._call_deadline, self)
 
+    def run(self, part: Part) -> None:
+        """It was admitted, as this."""
+        self._part = part
+
     def take(self, message: pb.GenerateResponse) -> None:
         """Count a message as given; a later part's header is none."""
         match message.WhichOneof("event"):
@@ -89,7 +109,7 @@ class Parkable:
                 self._started.CopyFrom(message.started)
                 self._request.request_id = message.started.request_id
             case "finished":
-                self.is_whole = message.finished.HasField("usage")
+                self._is_whole = message.finished.HasField("usage")
             case _:
                 pass
         self._given.add(message)

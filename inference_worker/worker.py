@@ -263,12 +263,10 @@ class Worker:
         self._registry.check_free(reading.request_id, parkable)
         if parkable is not None:
             reading = replace(reading, tells_token_ids=True)
-        delivered = reading.delivered
-        num_tokens = estimate_tokens(reading.prompt) + delivered.num_tokens
         deadline = deadline_of(message, call_deadline, arrived_at)
         with self._admission.admit(
-            reading.n - len(delivered.finished),
-            num_tokens,
+            reading.n - len(reading.delivered.finished),
+            estimate_tokens(reading.prompt) + reading.delivered.num_tokens,
             reading.caller,
             reading.priority,
             None if deadline is None else deadline - time.monotonic(),
@@ -277,6 +275,8 @@ class Worker:
         ) as ticket:
             generation = Generation(self._backend, reading, ticket, record, deadline)
             with self._registry.hold(reading.request_id, generation, reading.caller.key_id):
+                if parkable is not None:
+                    parkable.run(generation)
                 record.admitted(reading.request_id, self._served.info.name)
                 async with aclosing(generation.messages()) as messages:
                     async for response in messages:

@@ -49,6 +49,11 @@ class Continuation:
         continued = sum(len(choice.token_ids) for choice in self.continued.values())
         return continued + sum(self.finished.values())
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the reader has any, or the end of a choice, which may have had none."""
+        return bool(self.finished) or self.num_tokens > 0
+
 
 def continue_choice(
     output: ChoiceOutput, delivered: Delivered, prompt: Sequence[int], *, is_echoed: bool

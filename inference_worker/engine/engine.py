@@ -199,10 +199,10 @@ class Engine:
         for key in self._deadlines.pop_passed(time.monotonic()):
             if (live := self._live.get(key)) is None:
                 continue
-            if live.first_token_at is None:
-                self._fail(live, Expired())
-            else:
+            if live.has_tokens:
                 self.cancel(live.request, FinishReason.DEADLINE)
+            else:
+                self._fail(live, Expired())
 
     def _collect(self) -> None:
         """End the oldest step in flight."""

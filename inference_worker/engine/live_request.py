@@ -44,6 +44,11 @@ class LiveRequest:
             return Phase.DECODE
         return Phase.QUEUED if self.scheduled_at is None else Phase.PREFILL
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its reader may have any: also one that has not reached the model may go on after some."""
+        return self.first_token_at is not None or self.request.continuation.has_tokens
+
     def prompt_tokens(self) -> list[Token]:
         """The prompt, scored if that was asked for. Complete once the leader has computed it."""
         if not self.request.output.prompt_logprobs:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from inference_worker import parkable
+from inference_worker.engine.runner import Row, RowOutput
 from inference_worker.kept_streams import KeptStreams, ReplayLimits
 from inference_worker.registry import Registry
 from inference_worker.resume_terms import read_terms
+from inference_worker.scripted_model import ScriptedRunner
 from inference_worker.served_model import ServedModel
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
@@ -169,6 +172,41 @@ async def test_it_keeps_its_id_and_can_be_aborted() -> None:
             )
 
 
+async def test_an_abort_holds_whoever_leaves_before_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serve_script(**SLOW) as worker:
+        is_free, is_held = threading.Event(), threading.Event()
+        is_free.set()
+        execute = ScriptedRunner.execute
+
+        def execute_when_free(runner: ScriptedRunner, rows: Sequence[Row]) -> list[RowOutput]:
+            if not is_free.is_set():
+                is_held.set()
+                is_free.wait(PATIENCE)
+            return execute(runner, rows)
+
+        monkeypatch.setattr(ScriptedRunner, "execute", execute_when_free)
+        call = worker.stub.Generate(parking(request_id="one", **ENDLESS))
+        read = await read_until(call, "delta")
+        is_free.clear()
+        assert await asyncio.to_thread(is_held.wait, PATIENCE)
+        aborted = await worker.stub.Abort(pb.AbortRequest(request_id="one"))
+        assert aborted.outcome == pb.ABORT_OUTCOME_ABORTED
+        name = read[0].started.resume_id
+        stream = worker.worker._kept.get(name, None)
+        assert stream is not None
+        assert not stream.is_over
+        call.cancel()
+        async with asyncio.timeout(PATIENCE):
+            while stream.is_read:
+                await asyncio.sleep(0.01)
+        is_free.set()
+        await worker.wait_idle()
+        assert num_parked(worker) == 0
+        assert reasons(await read_rest(resume(worker, name))) == ["CANCELLED"]
+
+
 async def test_what_finds_no_place_again_stays_parked() -> None:
     async with serve_script(max_running=1, max_waiting=1, **SLOW) as worker:
         left = []
@@ -225,6 +263,24 @@ async def test_its_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
         assert numbers(read) == list(range(len(read)))
         assert reasons(read) == ["DEADLINE"]
         assert read[-1].finished.usage.completion_tokens == read[-1].finished.completion_tokens > 0
+
+
+async def test_a_deadline_in_the_queue_ends_it_with_what_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(parkable, "time", SimpleNamespace(monotonic=lambda: now))
+    async with serve_script(max_running=1, **SLOW) as worker:
+        call = worker.stub.Generate(parking(**ENDLESS), timeout=600)
+        read = await read_until(call, "delta")
+        now += 599.0  # gRPC's margin taken off, next to nothing is left
+        await parked(worker, call)
+        blocker = worker.stub.Generate(generate_request(**ENDLESS))
+        await read_until(blocker, "delta")
+        read += await read_rest(resume(worker, read[0].started.resume_id, read[-1].sequence_number))
+        assert reasons(read) == ["DEADLINE"]
+        assert read[-1].finished.completion_tokens == sum(each.delta.token_count for each in read)
+        blocker.cancel()
 
 
 async def test_token_ids_are_for_who_asked() -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from inference_worker.engine.choice_output import ChoiceOutput
+from inference_worker.engine.continuation import Continuation, Delivered, continue_choice
 from inference_worker.engine.deadlines import SPARE
 from inference_worker.engine.event import Expired, Failed, FinishReason, Scheduled, Started
 from inference_worker.engine.request import OutputParams
@@ -19,6 +21,7 @@ from tests.worker.engine.test_engine import (
     footers,
     make_engine,
     make_request,
+    new_detokenizer,
     run,
 )
 
@@ -71,6 +74,30 @@ def test_one_that_waits_at_its_deadline_never_reaches_the_model(clock: Clock) ->
     assert isinstance(failed.error, Expired)
     assert completion(events["running"]) == reference_completion([1, 2], 12)
     assert completion(events["patient"]) == reference_completion([4], 8)
+
+
+def test_one_that_waits_with_tokens_of_another_engine_ends_with_them(clock: Clock) -> None:
+    runner = HashRunner(32, 4)
+    seen = seen_by(runner)
+    engine = make_engine(runner, max_running=1)
+    engine.add(make_request("running", [1, 2], 12))
+    engine.step()
+    output = ChoiceOutput(0, new_detokenizer(), ())
+    brought = continue_choice(output, Delivered((5, 6), num_characters=6), [3] * 9, is_echoed=False)
+    for name, continuation in (
+        ("goes on", Continuation({0: brought}, {1: 3})),
+        ("one is over", Continuation(finished={1: 3})),
+    ):
+        late = make_request(name, [3] * 9, n=2)
+        engine.add(replace(late, continuation=continuation, deadline=10.0))
+    clock.now = 10.0
+    events = run(engine)
+    assert seen == {"running"}
+    for name, tokens in (("goes on", 2), ("one is over", 0)):
+        (footer,) = footers(events[name])
+        assert (footer.reason, footer.completion_tokens) == (FinishReason.DEADLINE, tokens)
+        assert footer.usage is not None
+        assert footer.usage.completion_tokens == tokens + 3
 
 
 def test_a_deadline_that_has_passed_when_it_comes(clock: Clock) -> None:
