@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Where pip finds torch, and torch alone: an index of CPU builds, say. Empty: where it finds all else.
 TORCH_INDEX_URL ?=
 PIP_INSTALL := .venv/bin/python -m pip install --no-warn-script-location -c constraints.txt
+# llama.cpp's server, for `make bench`.
+LLAMA_SERVER ?= $(shell command -v llama-server)
 # Test files that run side by side.
 TEST_PROCESSES ?= 2
 # Real processes on a busy machine: a test that fails is tried once more, and the summary says why it failed at first.
@@ -24,7 +26,8 @@ help:
 	@echo 'make lint    ruff, mypy --strict, buf lint'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make protos  regenerate the stubs of $(PROTO)'
-	@echo 'make bench   measure engine, sampling, AWQ, structured output, prefix cache, transport, cancellation, overload here'
+	@echo 'make bench   measure engine, sampling, AWQ, structured output, determinism, prefix cache, transport, cancellation,'
+	@echo '             overload here, and serving beside LLAMA_SERVER=.../llama-server, if there is one'
 	@echo 'make gpu     on a machine with a GPU: test and measure what no other can'
 	@echo 'make audit   ask an advisory database about every pinned version'
 	@echo 'make clean   delete the virtual environment and caches'
@@ -57,10 +60,16 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.awq
 	$(BIN)/python -m benchmarks.structured_output
+	$(BIN)/python -m benchmarks.determinism
 	$(BIN)/python -m benchmarks.multi_turn
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.cancellation
 	$(BIN)/python -m benchmarks.overload
+	@if test -z '$(LLAMA_SERVER)'; then \
+		echo 'benchmarks.llama_cpp_server is left out: there is no llama-server (set LLAMA_SERVER=...)'; \
+	elif ! $(BIN)/python -c 'import gguf' 2>/dev/null; then \
+		echo "benchmarks.llama_cpp_server is left out: gguf is not installed (pip install '.[peers]')"; \
+	else $(BIN)/python -m benchmarks.llama_cpp_server --server '$(LLAMA_SERVER)'; fi
 
 gpu: $(VENV)/installed-dev
 	$(BIN)/pytest tests/gpu tests/worker/model
