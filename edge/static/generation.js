@@ -3,7 +3,8 @@ import { readEvents } from "./events.js";
 const ATTEMPTS_TO_BEGIN = 8; // refusals in a row after which it is the person's turn
 const ATTEMPTS_TO_RESUME = 12; // lost connections without an event in between
 const LONGEST_WAIT_SECONDS = 30;
-const LONGEST_STOP_MILLISECONDS = 2000;
+const LONGEST_STOP_MILLISECONDS = 30000; // after which the server ends it by itself
+const LONGEST_STOP_SHOWN_MILLISECONDS = 2000; // a busy server's answer is not waited for
 
 /** A failure told in words. `param` names the refused field, where there is one. */
 export class Refusal extends Error {
@@ -87,7 +88,7 @@ export class Generation {
         await this.#wait(error, failures);
       }
     }
-    await this.#stopping;
+    await Promise.race([this.#stopping, new Promise((resolve) => setTimeout(resolve, LONGEST_STOP_SHOWN_MILLISECONDS))]);
   }
 
   /** True at the end of the answer; otherwise it throws. */

@@ -125,10 +125,14 @@ def test_stop_ends_the_generation_on_the_worker(slow_visit: Visit, slow_stack: S
     for stop in ("#stop", "Escape"):
         visit.ask(STORY)
         visit.page.wait_for_selector(".answer-body.writing:not(:empty)")
-        if stop == "Escape":
-            visit.page.keyboard.press(stop)
-        else:
-            visit.page.click(stop)
+        with visit.page.expect_response(
+            lambda response: response.request.method == "DELETE"
+        ) as end:
+            if stop == "Escape":
+                visit.page.keyboard.press(stop)
+            else:
+                visit.page.click(stop)
+        assert end.value.ok  # else it goes on for a reader who might come back
         visit.wait_written()
         slow_stack.wait_idle()
         assert "stopped" in visit.page.locator(".foot").last.inner_text()
