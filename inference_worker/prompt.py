@@ -157,6 +157,7 @@ class PromptReader:
                 rendered.tools,
                 rendered.arguments,
                 special_tokens=prompt.special_tokens,
+                continue_final_message=prompt.chat.continue_final_message,
             )
         except TemplateError as error:
             raise InvalidField(path, str(error)) from error

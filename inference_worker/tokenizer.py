@@ -141,19 +141,21 @@ class Tokenizer:
         arguments: dict[str, Any] | None = None,
         *,
         special_tokens: bool = False,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer.
+        """Token ids of a conversation, ready for the assistant's answer, or for the rest of the last message.
 
         `arguments` are more variables of the template. Names of special tokens in any of these are text, unless
         `special_tokens` says that they are those tokens; the template's own always are. Raises: TemplateError.
         """
         given: Any = [messages, tools, arguments]
         if special_tokens:
-            return self._encode(self._render(*given), add_special_tokens=False)
+            text = self._render(*given, continue_final_message=continue_final_message)
+            return self._encode(text, add_special_tokens=False)
         try:
             mark = unused_mark(given)
             marked = self._control_tokens.marked(given, mark)
-            text = self._render(*marked)
+            text = self._render(*marked, continue_final_message=continue_final_message)
             pieces = self._control_tokens.marked_pieces(text, mark)
         except ControlTokenError as error:
             raise TemplateError(str(error)) from error
@@ -166,6 +168,8 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         arguments: dict[str, Any] | None,
+        *,
+        continue_final_message: bool,
     ) -> str:
         """What the template makes of them: it writes every special token itself. Raises: TemplateError."""
         if reserved := _RESERVED_ARGUMENTS & (arguments or {}).keys():
@@ -177,7 +181,8 @@ class Tokenizer:
                 messages,
                 tools=tools,  # type: ignore[arg-type]  # a schema is as good as a function
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not continue_final_message,
+                continue_final_message=continue_final_message,
                 **(arguments or {}),
             )
         except (

@@ -58,6 +58,7 @@ NAMES: Final = field_names(
         "prompt": "messages",
         "prompt.chat": "messages",
         "prompt.chat.messages": "messages",
+        "prompt.chat.continue_final_message": "messages",
         "prompt.chat.tools": "tools",
         "prompt.chat.tool_choice": "tool_choice",
         "stopping.stop_sequences": "stop_sequences",
@@ -144,6 +145,8 @@ def _chat(request: AnthropicFields) -> pb.Chat:
     for index, message in enumerate(request.messages):
         messages += _messages(message, f"messages[{index}]")
     chat = pb.Chat(messages=messages)
+    if request.messages[-1].role == "assistant":
+        _continue(chat, request)
     for tool in request.tools or []:
         schema = encode(tool.input_schema).decode()
         chat.tools.add(name=tool.name, description=tool.description, parameters=schema)
@@ -153,6 +156,20 @@ def _chat(request: AnthropicFields) -> pb.Chat:
         # what Qwen 3 and its like read; other templates look at no such variable
         chat.template_arguments["enable_thinking"] = request.thinking.type != "disabled"
     return chat
+
+
+def _continue(chat: pb.Chat, request: AnthropicFields) -> None:
+    """Has the model go on with the answer that the last message begins. An empty one begins nothing."""
+    last = chat.messages[-1]
+    if not (last.content or last.tool_calls or last.reasoning):
+        del chat.messages[-1]
+        return
+    if last.content != last.content.rstrip():
+        path = f"messages[{len(request.messages) - 1}].content"
+        raise invalid_request("An answer to continue cannot end with whitespace.", path)
+    if request.thinking is not None and request.thinking.type == "enabled":
+        raise invalid_request("An answer to continue has no thinking before it.", "thinking")
+    chat.continue_final_message = True
 
 
 def _choose(chat: pb.Chat, choice: AnthropicToolChoice) -> None:

@@ -55,6 +55,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
                 "prompt.chat.messages": "messages",
                 "prompt.chat.tools": "tools",
                 "prompt.chat.tool_choice": "tool_choice",
+                "prompt.chat.continue_final_message": "continue_final_message",
                 "prompt.chat.template_arguments": "chat_template_kwargs",
                 "stopping.max_tokens": "max_completion_tokens"
                 if chat.max_completion_tokens is not None
@@ -91,6 +92,13 @@ def _chat(request: ChatCompletionRequest) -> pb.Chat:
         chat.tool_choice.mode = TOOL_CHOICE_MODES[choice]
     if request.tools and request.parallel_tool_calls is not None:
         chat.parallel_tool_calls = request.parallel_tool_calls
+    if request.add_generation_prompt == bool(request.continue_final_message):
+        raise invalid_request(
+            "add_generation_prompt has to be the contrary of continue_final_message.",
+            "add_generation_prompt",
+        )
+    if request.continue_final_message:
+        chat.continue_final_message = True
     tell_effort(chat, request.reasoning_effort)
     if request.chat_template_kwargs:
         chat.template_arguments.update(request.chat_template_kwargs)

@@ -117,6 +117,17 @@ class ChatCompletionRequest(OpenAIFields):
         description="More variables of the chat template; they go before those of reasoning_effort.",
     )
 
+    # vLLM's.
+    continue_final_message: bool | None = Field(
+        None,
+        description="Go on with the last message, an assistant's, and send what follows of it. By default a last"
+        " message of the assistant's is followed by a new answer.",
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="Has to be the contrary of continue_final_message, which is enough by itself.",
+    )
+
     # Accepted with values that ask for nothing.
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None

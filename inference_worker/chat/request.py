@@ -64,6 +64,8 @@ def check_chat(
     _check_tools(chat, path, chat_format, limits)
     _check_choice(chat, path)
     _check_arguments(chat.template_arguments, f"{path}.template_arguments", limits)
+    if chat.continue_final_message:
+        _check_continued(chat, f"{path}.continue_final_message")
 
 
 def read_tools(chat: pb.Chat, path: str) -> Tools:
@@ -150,6 +152,18 @@ def _check_choice(chat: pb.Chat, path: str) -> None:
             raise InvalidField(f"{path}.tool_choice.name", "only with mode REQUIRED")
         if all(tool.name != choice.name for tool in chat.tools):
             raise InvalidField(f"{path}.tool_choice.name", f"{choice.name!r} is none of the tools")
+
+
+def _check_continued(chat: pb.Chat, path: str) -> None:
+    last = chat.messages[-1]
+    if last.role != "assistant":
+        raise InvalidField(path, "the last message is not the assistant's")
+    if last.tool_calls:
+        raise InvalidField(path, "the last message calls functions")
+    if not last.content:
+        raise InvalidField(path, "the last message has no content")
+    if chat.tool_choice.mode == _REQUIRED:
+        raise InvalidField(path, "not where tool_choice requires a call")
 
 
 def _schema(tool: pb.Tool, path: str) -> dict[str, Any]:

@@ -128,6 +128,28 @@ def test_a_stop_sequence_a_system_prompt_and_blocks(client: Any) -> None:
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ", 4")
 
 
+def test_a_begun_answer_is_continued(client: Any) -> None:
+    """What the caller wrote of the answer comes before it, and is no part of it."""
+    begun = {"role": "assistant", "content": [{"type": "text", "text": "1, 2, 3,"}]}
+    asked = {"model": "default", "max_tokens": 100, "extra_body": {"temperature": 0.0}}
+    message = client.messages.create(messages=[COUNT, begun], **asked)
+    assert "1, 2, 3," + message.content[0].text == ANSWER
+    counted = client.messages.count_tokens(model="default", messages=[COUNT, begun])
+    usage = message.usage
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+    with client.messages.stream(messages=[COUNT, begun], **asked) as stream:
+        assert stream.get_final_text() == message.content[0].text
+    empty = {"role": "assistant", "content": ""}
+    assert client.messages.create(messages=[COUNT, empty], **asked).content[0].text == ANSWER
+    for content, told in (
+        ("1, 2, ", r"cannot end with whitespace"),
+        ([{"type": "tool_use", "id": "1", "name": "f", "input": {}}], "messages: .*functions"),
+    ):
+        begun = {"role": "assistant", "content": content}
+        with pytest.raises(anthropic.BadRequestError, match=told):
+            client.messages.create(messages=[COUNT, begun], **asked)
+
+
 def test_counting_tokens(client: Any) -> None:
     counted = client.messages.count_tokens(model="default", messages=[COUNT])
     message = client.messages.create(model="default", max_tokens=1, messages=[COUNT])

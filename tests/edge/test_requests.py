@@ -296,6 +296,27 @@ async def test_max_completion_tokens(http: httpx.AsyncClient, worker: ScriptedWo
     assert await sent(http, worker, CHAT, max_completion_tokens=3, max_tokens=3) == request
 
 
+async def test_a_last_answer_is_continued_where_that_is_asked_for(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    body = {"messages": [*HI, {"role": "assistant", "content": "Hel"}]}
+
+    async def continues(**fields: Any) -> Any:
+        request = await sent(http, worker, CHAT, **body, **fields)
+        return request["prompt"]["chat"].get("continue_final_message", False)
+
+    assert await continues() is False
+    assert await continues(add_generation_prompt=True, continue_final_message=False) is False
+    assert await continues(continue_final_message=True) is True
+    assert await continues(continue_final_message=True, add_generation_prompt=False) is True
+    for fields in (
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": True, "continue_final_message": True},
+    ):
+        error = await refused(http, CHAT, body | fields)
+        assert error["param"] == "add_generation_prompt"
+
+
 async def test_reasoning_effort_is_told_to_the_template(
     http: httpx.AsyncClient, worker: ScriptedWorker
 ) -> None:
@@ -407,6 +428,7 @@ async def test_tgi_parameters(http: httpx.AsyncClient, worker: ScriptedWorker) -
         (CHAT, {}, "stopping.stop_sequences", "stop"),
         (CHAT, {}, "sampling.top_p", "top_p"),
         (CHAT, {}, "output.logprobs", "top_logprobs"),
+        (CHAT, {}, "prompt.chat.continue_final_message", "continue_final_message"),
         (CHAT, {}, "prompt", "messages"),
         (CHAT, {}, "prompt.chat.messages[0].role", "messages[0].role"),
         (CHAT, {}, "n", "n"),

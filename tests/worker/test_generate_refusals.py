@@ -71,6 +71,19 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     ("prompt.token_ids.ids[1]", {"ids": [1, 1_000_000]}),
     ("prompt.chat.messages", chat()),
     ("prompt.chat.messages", chat(*[USER] * 10_001)),
+    ("prompt.chat.continue_final_message", chat(USER, continue_final_message=True)),
+    (
+        "prompt.chat.continue_final_message",
+        chat(USER, pb.ChatMessage(role="assistant"), continue_final_message=True),
+    ),
+    (
+        "prompt.chat.continue_final_message",
+        chat(
+            USER,
+            pb.ChatMessage(role="assistant", content="a", tool_calls=[pb.ToolCall(name="f")]),
+            continue_final_message=True,
+        ),
+    ),
     ("prompt.chat.messages[1].role", chat(USER, pb.ChatMessage(content="?"))),
     *[("sampling.temperature", sampling(temperature=bad)) for bad in (-0.1, 100.5, NAN, INF)],
     ("sampling.top_k", sampling(top_k=0)),

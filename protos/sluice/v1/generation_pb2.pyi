@@ -444,8 +444,13 @@ class Chat(google.protobuf.message.Message):
     TEMPLATE_ARGUMENTS_FIELD_NUMBER: builtins.int
     TOOL_CHOICE_FIELD_NUMBER: builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: builtins.int
     parallel_tool_calls: builtins.bool
     """False: at most one call; what the model writes of others is dropped. Only with tools. Default: true."""
+    continue_final_message: builtins.bool
+    """Go on with the last message, an assistant's text, where the template would begin an answer of its own. Only what
+    follows is sent. Not with calls in that message, nor where tool_choice is REQUIRED. Default: false.
+    """
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """In order, oldest first. 1 to 10000."""
@@ -474,9 +479,13 @@ class Chat(google.protobuf.message.Message):
         template_arguments: google.protobuf.struct_pb2.Struct | None = ...,
         tool_choice: Global___ToolChoice | None = ...,
         parallel_tool_calls: builtins.bool | None = ...,
+        continue_final_message: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "parallel_tool_calls", b"parallel_tool_calls", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice", "tools", b"tools"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "continue_final_message", b"continue_final_message", "parallel_tool_calls", b"parallel_tool_calls", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "continue_final_message", b"continue_final_message", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice", "tools", b"tools"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_continue_final_message", b"_continue_final_message"]) -> typing.Literal["continue_final_message"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]) -> typing.Literal["parallel_tool_calls"] | None: ...
 
 Global___Chat: typing_extensions.TypeAlias = Chat
