@@ -135,6 +135,7 @@ def _parsed(
             prompt_logprobs=stream.prompt_logprobs,
         ),
         n=stream.n,
+        priority=stream.priority,
         constraint=constraint,
         resume_window=window_message(window),
         while_unread=(

@@ -8,6 +8,7 @@ from edge.dialects.common import MAX_WINDOW_SECONDS, WhileUnread
 from edge.dialects.constraint import JsonSchema, of_choice, of_schema
 from edge.dialects.schema import (
     Float,
+    Int32,
     Items,
     RequestModel,
     SamplingFields,
@@ -72,6 +73,10 @@ class StreamFields(SamplingFields, StoppingFields, TimeoutField):
     )
     max_tokens: Uint32 | None = Field(None, description="Most tokens of each choice.")
     n: Uint32 | None = Field(None, description="Number of choices; 1 when left out.")
+    priority: Int32 | None = Field(
+        None,
+        description="Order among the waiting requests of the same key, -100 to 100, higher first; 0 when left out.",
+    )
     logprobs: Uint32 | None = Field(
         None, description="Send log-probabilities and this many likeliest candidates."
     )

@@ -33,6 +33,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
         stopping=chat.stopping(_max_tokens(chat)),
         output=pb.Output(logprobs=(chat.top_logprobs or 0) if chat.logprobs else None),
         n=chat.n,
+        priority=chat.contract_priority(),
         constraint=constraint,
         timeout=chat.timeout_duration(),
     )

@@ -142,6 +142,7 @@ def _template(
             prompt_logprobs=True if echo and logprobs is not None else None,
         ),
         n=completion.n,
+        priority=completion.contract_priority(),
         constraint=constraint,
         timeout=completion.timeout_duration(),
     )

@@ -1,6 +1,6 @@
 """Request fields that both OpenAI routes share, and how they read."""
 
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -73,8 +73,16 @@ class OpenAIFields(SamplingFields, StoppingFields, ConstraintFields, TimeoutFiel
     skip_special_tokens: OnlyTrue | None = None
     spaces_between_special_tokens: OnlyTrue | None = None
     min_tokens: OnlyZero | None = None
+    priority: Annotated[int, Field(ge=-(2**31) + 1, le=2**31 - 1)] | None = Field(
+        None,
+        description="Order among the waiting requests of the same key, -100 to 100; as vLLM's, lower first.",
+    )
 
     UNSUPPORTED = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "min_tokens"})
+
+    def contract_priority(self) -> int | None:
+        """The priority in the contract's words, where higher goes first."""
+        return None if self.priority is None else -self.priority
 
     def require_stream_for_options(self) -> None:
         """Raises a 400 for options of a stream that is none."""

@@ -14,6 +14,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 # Bounds of the contract's number types. What values make sense is the worker's to say.
 Uint32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Float = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]

@@ -113,6 +113,7 @@ async def test_get_is_the_same_stream(http: httpx.AsyncClient, worker: ScriptedW
             ("top_k", "-1"),
             ("seed", "7"),
             ("n", "1"),
+            ("priority", "-5"),
             ("ignore_eos", "true"),
             ("stop", "a"),
             ("stop", "b"),
@@ -128,10 +129,18 @@ async def test_get_is_the_same_stream(http: httpx.AsyncClient, worker: ScriptedW
     ]
     request = worker.call.request
     assert request.prompt.text == "grüß & co"
+    assert request.priority == -5
     assert request.sampling == pb.Sampling(temperature=0.5, seed=7)
     assert request.stopping == pb.Stopping(
         max_tokens=5, stop_sequences=["a", "b"], stop_token_ids=[3], ignore_eos=True
     )
+
+
+async def test_priority(http: httpx.AsyncClient, worker: ScriptedWorker) -> None:
+    await http.post("/v1/streams", json={"prompt": "x", "priority": 7})
+    assert worker.call.request.priority == 7
+    answer = await http.post("/v1/streams", json={"prompt": "x", "priority": 2**31})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
 
 
 @pytest.mark.parametrize(

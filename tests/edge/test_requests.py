@@ -296,6 +296,16 @@ async def test_max_completion_tokens(http: httpx.AsyncClient, worker: ScriptedWo
     assert await sent(http, worker, CHAT, max_completion_tokens=3, max_tokens=3) == request
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_priority_is_vllms_where_lower_goes_first(
+    http: httpx.AsyncClient, worker: ScriptedWorker, path: str
+) -> None:
+    assert (await sent(http, worker, path, priority=-7))["priority"] == 7
+    assert "priority" not in await sent(http, worker, path)
+    error = await refused(http, path, INPUT[path] | {"priority": "high"})
+    assert error["param"] == "priority"
+
+
 async def test_a_last_answer_is_continued_where_that_is_asked_for(
     http: httpx.AsyncClient, worker: ScriptedWorker
 ) -> None:
