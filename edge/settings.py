@@ -197,7 +197,7 @@ class EdgeSettings(BaseSettings):
         600,
         gt=0,
         le=86400,
-        description="Deadline of a generation.",
+        description="Deadline of a generation, and of the tokenization of a prompt.",
         json_schema_extra=unit("seconds"),
     )
     read_timeout_seconds: float = Field(

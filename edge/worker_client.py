@@ -162,11 +162,14 @@ class WorkerClient:
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Turns a prompt into token ids."""
-        response: pb.TokenizeResponse = await self._ask(self._stub.Tokenize, request)
+        # Its work grows with the prompt, and it may wait behind others'.
+        response: pb.TokenizeResponse = await self._ask(
+            self._stub.Tokenize, request, self._settings.request_timeout_seconds
+        )
         return response
 
-    async def _ask(self, method: Any, request: Any) -> Any:
-        call = method(request, timeout=self._settings.connect_timeout_seconds)
+    async def _ask(self, method: Any, request: Any, timeout_seconds: float | None = None) -> Any:
+        call = method(request, timeout=timeout_seconds or self._settings.connect_timeout_seconds)
         try:
             return await call
         except grpc.aio.AioRpcError as error:

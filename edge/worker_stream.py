@@ -20,7 +20,7 @@ T = TypeVar("T")
 # Of a worker that stops in order; no request can be the cause of that.
 STOPPING = frozenset({"DRAINING", "SHUTDOWN"})
 # How long after a request's deadline its call ends: the worker ends it at the deadline, and says how that was.
-_GRACE_SECONDS = 2.0
+GRACE_SECONDS = 2.0
 _LEAST_SECONDS = 0.001
 # The connection broke; or the worker, which has no other cause to, cancelled the call while it ended.
 _LOST = frozenset({grpc.StatusCode.UNAVAILABLE.name, grpc.StatusCode.CANCELLED.name})
@@ -201,7 +201,7 @@ class WorkerStream(ABC):
         left = max(self._deadline - self._clock(), _LEAST_SECONDS)
         request.timeout.CopyFrom(duration(left))
         self._worker = worker
-        self._call = worker.generate(request, left + _GRACE_SECONDS)
+        self._call = worker.generate(request, left + GRACE_SECONDS)
         return self._call
 
     async def _read(self, call: GenerateCall) -> pb.GenerateResponse | None:

@@ -12,7 +12,7 @@ from inference_worker.chat.request import check_chat, render
 from inference_worker.control_tokens import ControlTokenError
 from inference_worker.count_limits import CONTRACT, CountLimits
 from inference_worker.errors import ContextExceeded, InvalidField
-from inference_worker.field_rules import refuse_unknown_fields
+from inference_worker.field_rules import check_count, refuse_unknown_fields
 from inference_worker.tokenizer import TemplateError, Tokenizer
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -67,6 +67,13 @@ def check_fits(prompt: pb.Prompt, context_length: int, max_token_bytes: int | No
             bytes=size,
             limit=limit,
         )
+
+
+def check_size(prompt: pb.Prompt, limit: int) -> None:
+    """Refuse a text or chat of more than so many bytes. Raises: InvalidField."""
+    is_text = prompt.WhichOneof("input") == "text"
+    size = len(prompt.text.encode()) if is_text else prompt.chat.ByteSize()
+    check_count("prompt.text" if is_text else "prompt.chat.messages", size, limit, "bytes")
 
 
 def estimate_tokens(prompt: pb.Prompt) -> int:

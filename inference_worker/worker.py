@@ -33,7 +33,7 @@ from inference_worker.load_metrics import LoadMetrics
 from inference_worker.metrics import WorkerMetrics
 from inference_worker.origin import Origin
 from inference_worker.parkable import Parkable
-from inference_worker.prompt import PromptReader, check_prompt, estimate_tokens
+from inference_worker.prompt import PromptReader, check_prompt, check_size, estimate_tokens
 from inference_worker.registry import Registry
 from inference_worker.request_log import RequestRecord, get_logger
 from inference_worker.request_metrics import RequestMetrics
@@ -45,6 +45,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 T = TypeVar("T")
 
+# What counts for the length of a text to tokenize where no token has a greatest one.
+_UNBOUNDED_TOKEN_BYTES: Final = 64
 _SHUTDOWN_SECONDS: Final = 2.0  # for a reader to take its last message
 
 
@@ -78,6 +80,9 @@ class Worker:
         self.metrics.replay_streams.set_function(lambda: len(self._kept))
         self.metrics.parked_streams.set_function(lambda: self._kept.num_parked)
         self.metrics.replay_bytes.set_function(lambda: self._kept.num_bytes)
+        self._max_tokenize_bytes = settings.max_tokenize_bytes or self.context_length * (
+            served.tokenizer.max_token_bytes or _UNBOUNDED_TOKEN_BYTES
+        )
         self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(
@@ -368,6 +373,7 @@ class Worker:
         )
         if message.prompt.HasField("token_ids"):
             raise InvalidField("prompt.token_ids", "are token ids already")
+        check_size(message.prompt, self._max_tokenize_bytes)
         response = await self._side_call(lambda: self._prompts.tokenize(message.prompt))
         response.context_length = self.context_length
         return response

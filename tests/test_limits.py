@@ -59,6 +59,7 @@ TESTS: dict[tuple[str, str], str] = {
     ("worker", "max_stop_token_ids"): REQUEST_LIMITS,
     ("worker", "max_logit_biases"): REQUEST_LIMITS,
     ("worker", "max_logprobs"): REQUEST_LIMITS,
+    ("worker", "max_tokenize_bytes"): "worker/test_request_limits.py::test_a_prompt_to_tokenize",
     ("worker", "max_grammar_bytes"): REQUEST_LIMITS,
     ("worker", "max_grammar_texts"): REQUEST_LIMITS,
     (

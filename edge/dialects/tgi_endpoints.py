@@ -14,7 +14,7 @@ from edge.dialects.tgi import NAMES, refuse
 from edge.dialects.tgi_schema import TgiTokenizeRequest
 from edge.errors import ClientGoneError, EdgeError
 from edge.info_endpoints import json_response
-from edge.request_body import read_parsed
+from edge.request_body import beside_the_loop, read_parsed
 from edge.request_log import record_of
 from edge.version import version_of_sluice
 from edge.worker_pool import WorkerPool
@@ -59,7 +59,11 @@ class TgiEndpoints:
         except ClientGoneError:
             record_of(request.scope).is_client_gone = True
             return Response(status_code=499)  # for nobody
-        return json_response(_spans(body.inputs, answer.token_ids, answer.tokens))
+
+        def tell() -> Response:
+            return json_response(_spans(body.inputs, answer.token_ids, answer.tokens))
+
+        return await beside_the_loop(tell, len(body.inputs))
 
 
 def _refused(request: Request, error: EdgeError) -> Response:

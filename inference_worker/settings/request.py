@@ -114,6 +114,13 @@ class RequestSettings(SettingGroup):
         description="Longest JSON schema, regex or grammar of a constraint; of a choice, all its texts together.",
         json_schema_extra=unit("bytes"),
     )
+    max_tokenize_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Most bytes of a prompt that is only to be tokenized. Unset: those of the longest that could be"
+        " generated from.",
+        json_schema_extra=unit("bytes"),
+    )
     max_grammar_texts: int = Field(
         CONTRACT.max_grammar_texts,
         ge=1,

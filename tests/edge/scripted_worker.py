@@ -151,9 +151,9 @@ def failing(
 
 
 class ScriptedWorker(pb_grpc.GenerationServiceServicer):
-    """Runs `script` for each Generate and remembers what came. The edge calls nothing but the three methods here."""
+    """Runs `script` for each Generate and remembers what came. The edge calls nothing but the methods here."""
 
-    GetLoad = Tokenize = Detokenize = None  # type: ignore[assignment]
+    GetLoad = Detokenize = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self.health = health.aio.HealthServicer()
@@ -163,10 +163,19 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         """Forgets everything."""
         self.script: Script = hello
         self.calls: list[ScriptedCall] = []
+        self.tokenizations: list[tuple[pb.TokenizeRequest, float]] = []  # with the seconds left
         self.aborts: list[pb.AbortRequest] = []
         self.aborted: list[str] = []
         self.aborted_for: list[str | None] = []
         self.abort_outcome = pb.ABORT_OUTCOME_ABORTED
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: Any
+    ) -> pb.TokenizeResponse:
+        """Each character is a token."""
+        self.tokenizations.append((request, context.time_remaining()))
+        tokens = [character.encode() for character in request.prompt.text]
+        return pb.TokenizeResponse(token_ids=range(len(tokens)), tokens=tokens)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         call = ScriptedCall(request, context)

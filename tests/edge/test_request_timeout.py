@@ -7,6 +7,7 @@ import pytest
 
 from edge.worker_stream import GRACE_SECONDS
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
 from tests.edge.sse import parse
 
@@ -117,3 +118,25 @@ async def test_a_generation_that_its_deadline_cut_is_told_as_such(
     events = parse((await http.post("/v1/streams", json={"prompt": "hi"})).content).events
     assert [event.type for event in events] == ["started", "delta", "finished"]
     assert events[-1].json()["finish_reason"] == "deadline"
+
+
+async def test_a_prompt_to_tokenize_has_the_time_of_a_request(
+    target: str, worker: ScriptedWorker
+) -> None:
+    """Not that of a call which only asks the worker something; and a large one is answered like a small one."""
+    async with running_edge(
+        target, connect_timeout_seconds=10, request_timeout_seconds=50_000
+    ) as edge:
+        for text in ("aé", "aé" * 40_000):
+            answer = await post(edge, "/tokenize", {"inputs": text})
+            tokens = [(token["text"], token["start"], token["stop"]) for token in answer.json()]
+            assert tokens == [(shown, at, at + 1) for at, shown in enumerate(text)]
+        chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        assert (await post(edge, "/v1/messages/count_tokens", chat)).status_code == 200
+    assert len(worker.tokenizations) == 3
+    assert all(left > 40_000 for _, left in worker.tokenizations)
+
+
+async def post(edge: EdgeProcess, path: str, body: dict[str, Any]) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as client:
+        return await client.post(path, json=body)

@@ -118,7 +118,7 @@ async def test_a_burst_beyond_the_limits_is_served_or_refused_and_nothing_is_lef
 
 
 async def test_side_calls_are_bounded_too() -> None:
-    async with serve_script(max_waiting=1) as worker:
+    async with serve_script(max_waiting=1, max_tokenize_bytes=2**20) as worker:
         request = pb.TokenizeRequest(prompt=pb.Prompt(text="word " * 100_000))
 
         async def code() -> grpc.StatusCode:

@@ -138,6 +138,28 @@ async def test_one_too_many_is_refused(worker: ServedWorker, limit: str) -> None
     assert (error.value.details() or "").startswith(f"{field}:")
 
 
+async def test_a_prompt_to_tokenize_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serve_script(context_length=64) as worker:
+        longest = worker.served.tokenizer.max_token_bytes
+        assert longest is not None
+        request = pb.TokenizeRequest(prompt=pb.Prompt(text="x" * 64 * longest))
+        assert len((await worker.stub.Tokenize(request)).token_ids) > 64
+    async with serve_script(max_tokenize_bytes=40) as worker:
+        tokenizer = worker.served.tokenizer
+        for fine, refused, field in (
+            (pb.Prompt(text="é" * 20), pb.Prompt(text="é" * 20 + "x"), "prompt.text"),
+            (chat(2), chat(20), "prompt.chat.messages"),
+        ):
+            assert (await worker.stub.Tokenize(pb.TokenizeRequest(prompt=fine))).token_ids
+            with monkeypatch.context() as patch:
+                for method in ("encode", "encode_chat"):
+                    patch.setattr(tokenizer, method, None)
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await worker.stub.Tokenize(pb.TokenizeRequest(prompt=refused))
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert (error.value.details() or "").startswith(f"{field}: at most 40 bytes")
+
+
 def test_every_count_has_a_setting_that_can_only_lower_it() -> None:
     assert CountLimits.of(WorkerSettings(**SETTINGS)) == SMALL
     assert CountLimits.of(WorkerSettings()) == CONTRACT

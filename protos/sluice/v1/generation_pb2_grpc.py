@@ -113,7 +113,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT, NOT_FOUND.
+        """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT (also for more than
+        --max-tokenize-bytes), NOT_FOUND, RESOURCE_EXHAUSTED (as many at once as requests may wait).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -214,7 +214,9 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     """Tells how busy the worker is: the engine's figures as of the end of its latest step, the others as of now."""
 
     Tokenize: _GenerationServiceTokenizeType
-    """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT, NOT_FOUND."""
+    """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT (also for more than
+    --max-tokenize-bytes), NOT_FOUND, RESOURCE_EXHAUSTED (as many at once as requests may wait).
+    """
 
     Detokenize: _GenerationServiceDetokenizeType
     """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary),
@@ -303,7 +305,9 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         request: protos.sluice.v1.generation_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.sluice.v1.generation_pb2.TokenizeResponse, collections.abc.Awaitable[protos.sluice.v1.generation_pb2.TokenizeResponse]]:
-        """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT, NOT_FOUND."""
+        """Turns a prompt into token ids exactly as Generate would. Errors: INVALID_ARGUMENT (also for more than
+        --max-tokenize-bytes), NOT_FOUND, RESOURCE_EXHAUSTED (as many at once as requests may wait).
+        """
 
     @abc.abstractmethod
     def Detokenize(
