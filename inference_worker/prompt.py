@@ -19,6 +19,8 @@ from protos.sluice.v1 import generation_pb2 as pb
 _SMALL_BYTES: Final = 64 * 1024
 # Rough, and on the safe side for most languages: what admission counts until the true number is known.
 _BYTES_PER_TOKEN: Final = 4
+# Those whose content no template shortens.
+_KEPT_ROLES: Final = frozenset({"system", "user", "tool"})
 
 T = TypeVar("T")
 
@@ -51,22 +53,33 @@ def check_prompt(
 
 
 def check_fits(prompt: pb.Prompt, context_length: int, max_token_bytes: int | None) -> None:
-    """Refuse a text that has too many bytes for any number of tokens that fit, before time is spent on it.
+    """Refuse a prompt that has too many bytes for any number of tokens that fit, before time is spent on it.
 
-    A chat may pass: how much of it the template keeps is known only once it is rendered.
+    Of a chat only what every template keeps is counted; the rest is known once it is rendered.
 
     Raises: ContextExceeded.
     """
-    if max_token_bytes is None or prompt.WhichOneof("input") != "text":
+    kind = prompt.WhichOneof("input")
+    if max_token_bytes is None or kind == "token_ids":
         return
-    size, limit = len(prompt.text.encode()), context_length * max_token_bytes
+    size = len(prompt.text.encode()) if kind == "text" else _kept_bytes(prompt.chat)
+    limit = context_length * max_token_bytes
     if size > limit:
         raise ContextExceeded(
-            "prompt",
+            "prompt" if kind == "text" else "prompt.chat.messages",
             f"{size} bytes of text; at most {limit} can fit into {context_length} tokens",
             bytes=size,
             limit=limit,
         )
+
+
+def _kept_bytes(chat: pb.Chat) -> int:
+    """The bytes of what users and the like say, but for spaces around it; templates drop an assistant's reasoning."""
+    return sum(
+        len(message.content.strip().encode())
+        for message in chat.messages
+        if message.role in _KEPT_ROLES
+    )
 
 
 def check_size(prompt: pb.Prompt, limit: int) -> None:

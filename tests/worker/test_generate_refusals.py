@@ -288,6 +288,44 @@ async def test_a_text_of_too_many_bytes_is_refused_before_it_is_tokenized(
         assert encoded == [can_fit]
 
 
+async def test_a_chat_that_can_never_fit_is_refused_for_good_also_under_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not for now: it would be tried again and again."""
+    settings = {"max_running": 1, "max_waiting_tokens": 10, "step_milliseconds": 50}
+    async with serve_script(context_length=64, **settings) as worker:
+        longest = worker.served.tokenizer.max_token_bytes
+        assert longest is not None
+
+        def chat(text: str) -> pb.GenerateRequest:
+            messages = [
+                pb.ChatMessage(role="user", content="hi"),
+                # whose reasoning a template may leave out
+                pb.ChatMessage(role="assistant", content="x" * 64 * longest),
+                pb.ChatMessage(role="user", content=f" {text} "),
+            ]
+            return generate_request(prompt=pb.Prompt(chat=pb.Chat(messages=messages)))
+
+        rendered: list[object] = []
+
+        def encode_chat(*given: object, **_: object) -> list[int]:
+            rendered.append(given)
+            return [5]
+
+        monkeypatch.setattr(worker.served.tokenizer, "encode_chat", encode_chat)
+        limit = 64 * longest
+        can_fit, cannot = chat("x" * (limit - 2)), chat("x" * (limit - 1))
+        assert [m async for m in worker.stub.Generate(can_fit)]
+        running = worker.stub.Generate(generate_request(max_tokens=50))
+        await running.read()
+        refusal = await refusal_of(worker.stub.Generate(cannot))
+        assert (refusal.code, refusal.field) == (INVALID, "prompt.chat.messages")
+        assert refusal.info.reason == "CONTEXT_EXCEEDED"
+        assert dict(refusal.info.metadata) == {"bytes": str(limit + 1), "limit": str(limit)}
+        assert len(rendered) == 1
+        running.cancel()
+
+
 async def test_the_kv_cache_limits_what_fits_too() -> None:
     async with serve_script(blocks=2, block_size=16) as worker:
         refusal = await refusal_of(worker.stub.Generate(generate_request(ids=[5] * 40)))
