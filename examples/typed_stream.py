@@ -37,21 +37,21 @@ def read_stream(source: BinaryIO) -> Iterator[Started | Delta | Finished]:
         unfinished = 1
         while unfinished:
             tag, size = struct.unpack(">BI", source.read(5))
-            payload = source.read(size)
-            if len(payload) < size:
+            if len(payload := source.read(size)) < size:
                 raise EOFError("the stream was cut")
             if tag not in TYPES:
                 raise RuntimeError(json.loads(payload)["error"]["message"])
             frame = TYPES[tag].model_validate_json(payload)
-            unfinished += (
-                frame.n - 1 if isinstance(frame, Started) else -isinstance(frame, Finished)
-            )
+            begun = frame.n - 1 if isinstance(frame, Started) else 0
+            unfinished += begun - isinstance(frame, Finished)
             yield frame
     except (struct.error, HTTPException, OSError) as error:
         raise EOFError("the stream was cut") from error
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/typed_stream.py URL PROMPT")
     headers = {"content-type": "application/json", "accept": "application/octet-stream"}
     body = json.dumps({"prompt": sys.argv[2]}).encode()
     request = urllib.request.Request(f"{sys.argv[1]}/v1/streams", body, headers)  # noqa: S310

@@ -29,3 +29,10 @@ def test_the_example_prints_header_items_and_footer(stack: Stack) -> None:
     usage = messages[-1].finished.usage
     assert "finish_reason='stop'" in footer
     assert f"'completion_tokens': {usage.completion_tokens}" in footer
+
+
+def test_without_arguments_it_says_what_it_needs() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "typed_stream.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "usage: python examples/typed_stream.py URL PROMPT\n"
