@@ -18,7 +18,7 @@ from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
 
 GenerateCall = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
 
-_WATCH_RETRY_SECONDS = 0.25
+WATCH_RETRY_SECONDS = 0.25
 _log = structlog.get_logger("edge.worker")
 
 
@@ -188,7 +188,7 @@ class WorkerClient:
                 self._watch_failed(error)
             finally:
                 call.cancel()
-            await asyncio.sleep(_WATCH_RETRY_SECONDS)
+            await asyncio.sleep(WATCH_RETRY_SECONDS)
 
     def _health_changed(self, status: int) -> None:
         self._is_reachable = True

@@ -7,7 +7,7 @@ import grpc
 import httpx
 import pytest
 
-from edge import refusals, worker_pool
+from edge import refusals, worker_client, worker_pool
 from edge.errors import overloaded
 from edge.metrics import EdgeMetrics
 from edge.settings import EdgeSettings
@@ -28,6 +28,26 @@ from tests.metrics_text import Scrape
 
 FULL = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", error_info("QUEUE_FULL"), retry_in(2))
 LOST = failing(grpc.StatusCode.UNAVAILABLE)
+
+
+def test_a_worker_is_missed_in_15_seconds_and_taken_back_in_2(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What gRPC is told, from which these times follow."""
+    told: list[Any] = []
+    monkeypatch.setattr(grpc.aio, "insecure_channel", lambda _, options: told.extend(options))
+    worker_client.open_channel("127.0.0.1:1", None, EdgeSettings())
+    options = dict(told)
+    timeout = max(options["grpc.keepalive_timeout_ms"], options["grpc.http2.ping_timeout_ms"])
+    assert options["grpc.keepalive_time_ms"] + timeout <= 15_000
+    assert (
+        options["grpc.http2.max_pings_without_data"] == 0
+    )  # or the pings stop where little is sent
+    # gRPC adds up to a fifth to each wait (its doc/connection-backoff.md)
+    reconnect = 1.2 * options["grpc.max_reconnect_backoff_ms"] / 1000
+    assert options["grpc.initial_reconnect_backoff_ms"] <= options["grpc.max_reconnect_backoff_ms"]
+    assert reconnect + worker_client.WATCH_RETRY_SECONDS <= 2
+    assert options["grpc.min_reconnect_backoff_ms"] <= 2000
 
 
 async def hang(call: ScriptedCall) -> None:

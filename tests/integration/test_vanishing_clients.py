@@ -28,7 +28,13 @@ Pair: TypeAlias = tuple[float, float]
 CLIENT = str(Path(__file__).with_name("vanishing_client.py"))
 WORKER = {"step_milliseconds": 2, "max_running": 16, "max_waiting": 2000, "metrics_port": 0}
 EDGE = {"host": "0.0.0.0", "send_timeout_seconds": 1}
-MOST_GROWTH_BYTES = 16 * 2**20  # of a process, from the first half of the clients to the second
+ROUNDS = 20  # of 125 clients each
+WARM_UP_ROUNDS = (
+    10  # the edge's heap grows by 10 MB in these, and then no more, however many there are
+)
+# Of a process, between the least that it holds after one of the next five rounds, and after one of the last five. The
+# least, since how far a heap is stretched depends on how many came at once; what is lost is never given back.
+MOST_GROWTH_BYTES = 3 * 2**20  # 5 KiB a client
 # That a process opens once, under its first load, and keeps.
 SPARE_FILES = 4
 NAMESPACE, OUTSIDE, INSIDE = "sluice-test", "10.203.0.1", "10.203.0.2"
@@ -83,12 +89,11 @@ def client_process(
 
 
 def vanish_in_numbers(port: int, seed: int) -> None:
-    """450 that leave by themselves and 50 whose process is killed, in any order."""
+    """113 that leave by themselves and 12 whose process is killed, in any order."""
     with ThreadPoolExecutor(48) as pool:
-        leaving = [pool.submit(vanish, port, seed * 1000 + number) for number in range(450)]
-        for number in range(2):
-            with client_process(port, 25):
-                time.sleep(random.Random(seed + number).uniform(0, 0.2))
+        leaving = [pool.submit(vanish, port, seed * 1000 + number) for number in range(113)]
+        with client_process(port, 12):
+            time.sleep(random.Random(seed).uniform(0, 0.2))
         for one in leaving:
             one.result()
 
@@ -157,16 +162,18 @@ def test_a_thousand_clients_vanish_and_nothing_is_left() -> None:
         complete(stack)
         tasks, files = measured.held(spare_files=SPARE_FILES)
         memory = []
-        for half in range(2):
-            vanish_in_numbers(stack.edge_port, seed=half)
+        for number in range(ROUNDS):
+            vanish_in_numbers(stack.edge_port, seed=number)
             measured.wait_empty(tasks, files)
-            _, files = measured.held()  # the other half must not leave one more than this
+            if number < WARM_UP_ROUNDS:
+                _, files = measured.held()  # the others must not leave one more than this
             memory.append([one("process_resident_memory_bytes") for one in measured.scrape()])
         complete(stack)
 
         worker, edge = measured.scrape()
-        for first, second in zip(*memory, strict=True):
-            assert second - first < MOST_GROWTH_BYTES, memory
+        for sizes in zip(*memory[WARM_UP_ROUNDS:], strict=True):
+            half = len(sizes) // 2
+            assert min(sizes[half:]) - min(sizes[:half]) < MOST_GROWTH_BYTES, memory
         left = edge.total("sluice_cancel_seconds_count") + edge("sluice_edge_slow_readers_total")
         assert left > 500  # others were gone before their request was read
         cancels = worker.total("sluice_cancel_seconds_count")
@@ -175,7 +182,7 @@ def test_a_thousand_clients_vanish_and_nothing_is_left() -> None:
         assert worker("sluice_tokens_after_cancel_total") <= cancels
 
 
-def test_clients_that_are_stopped_or_cut_off_are_noticed() -> None:
+def test_clients_that_are_stopped_are_noticed() -> None:
     with running_stack(WORKER, EDGE, worker_module="inference_worker.scripted_model") as stack:
         measured = Measured(stack)
         complete(stack)
@@ -184,19 +191,28 @@ def test_clients_that_are_stopped_or_cut_off_are_noticed() -> None:
             client.send_signal(signal.SIGSTOP)
             measured.wait_empty(tasks, files)
         assert measured.scrape()[1]("sluice_edge_slow_readers_total") > 0
-        with (
-            namespace(),
-            client_process(stack.edge_port, 24, OUTSIDE, "ip", "netns", "exec", NAMESPACE),
-        ):
+        complete(stack)
+
+
+def test_clients_that_are_cut_off_are_noticed() -> None:
+    with (
+        namespace(),
+        running_stack(WORKER, EDGE, worker_module="inference_worker.scripted_model") as stack,
+    ):
+        measured = Measured(stack)
+        complete(stack)
+        tasks, files = measured.held(spare_files=SPARE_FILES)
+        command = ("ip", "netns", "exec", NAMESPACE)
+        with client_process(stack.edge_port, 24, OUTSIDE, *command):
             # no word leaves or reaches the namespace any more
-            run("ip", "netns", "exec", NAMESPACE, "ip", "link", "set", "sluice-in", "down")
+            run(*command, "ip", "link", "set", "sluice-in", "down")
             measured.wait_empty(tasks, files)
         complete(stack)
 
 
 @contextlib.contextmanager
 def namespace() -> Iterator[None]:
-    """A network of its own with a cable to ours. Skips the rest of the test where the machine does not allow it."""
+    """A network of its own with a cable to ours. Skips the test where the machine does not allow it."""
     if shutil.which("ip") is None:
         pytest.skip("no `ip` here: not tested is a network that drops packets")
     try:
@@ -216,7 +232,9 @@ def namespace() -> Iterator[None]:
         run(*inside, "link", "set", "sluice-in", "up")
         yield
     finally:
-        run("ip", "netns", "delete", NAMESPACE)  # and the cable with it
+        # The cable by itself, since a namespace may live on for a moment, and the next one's has the same name.
+        subprocess.run(["ip", "link", "delete", "sluice-out"], check=False, capture_output=True)
+        run("ip", "netns", "delete", NAMESPACE)
 
 
 def run(*command: str) -> None:
