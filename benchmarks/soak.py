@@ -1,16 +1,18 @@
 """Everything at once, for a long time: is anything lost, wrong or left over?
 
 `python -m benchmarks.soak --minutes 30` starts an edge with two workers and is itself all of their clients: streams
-read to the end, at once or slowly; streams left in the middle; streams that break off and are resumed; bursts far
-beyond capacity; bad input. One worker is killed every minute, by SIGKILL or, every third time, by SIGTERM, and started
-anew. Each text is compared with what one undisturbed worker had given for the same request beforehand; a request may
-end in its right text, in a refusal that says so (429, or 4xx for bad input), or in nothing if its client left. A kill
-harms no request that is read, for the first time or again. Two endings cannot be helped, and are told apart from any
-other by the moment of the kill: a stream that nobody read when its worker died, and one whose reader broke off with
-events on their way to it that came before the kill.
+read to the end, at once or slowly; streams left in the middle; streams that break off and are resumed; streams that are
+aborted by name; Anthropic's messages; JSON of a schema; conversations over a WebSocket; useChat's answers, parked and
+fetched again; bursts far beyond capacity; bad input. One worker is killed every minute, counted from the kill before,
+by SIGKILL or, every third time, by SIGTERM, and started anew. Each text is compared with what one undisturbed worker
+had given for the same request beforehand; a request may end in its right text, in a refusal that says so (429, or 4xx
+for bad input), or in nothing if its client left. A kill harms no request that is read, for the first time or again. Two
+endings cannot be helped, and are told apart from any other by the moment of the kill: a stream that nobody read when
+its worker died, and one whose reader broke off with events on their way to it that came before the kill.
 
 Memory, tasks and descriptors are read while nothing runs: after a first minute of the same traffic, and after the
-last. The exit status is 1 if a request failed or something is left over.
+last. The exit status is 1 if a request failed or something is left over: a task, a descriptor, a block of the KV cache,
+or more memory than what a process may grow by.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import argparse
 import asyncio
 import itertools
 import os
-import random
 import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -38,8 +40,10 @@ import uvloop
 from benchmarks.load_watch import LoadWatch
 from benchmarks.processes import Process, running, running_edge
 from benchmarks.report import Report
+from benchmarks.soak_known import Knowledge, ask_beforehand
 from benchmarks.soak_losses import Losses
-from benchmarks.soak_traffic import Client, Known, Tally
+from benchmarks.soak_tally import Tally
+from benchmarks.soak_traffic import Client
 from benchmarks.table import Table
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc as pb_grpc
@@ -49,6 +53,9 @@ _WHAT: Final = (
     " client did, and how its requests ended; then what the lasting processes held while nothing ran, before and after."
 )
 _MIB: Final = 2**20
+_DESCRIPTOR_READINGS: Final = 20
+_READING_SECONDS: Final = 0.1
+_MOST_GROWTH_MIB: Final = 32.0  # of a lasting process, whatever the number of requests
 _SEED: Final = 11
 _SETTLE_SECONDS: Final = 8.0  # for tasks that clean up
 _WORKER: Final[dict[str, object]] = {
@@ -66,13 +73,19 @@ _EDGE: Final[dict[str, object]] = {
     "send_timeout_seconds": 30,
     "failover_seconds": 60,
 }
-CLIENTS: Final = {"read": 4, "read slowly": 2, "leave": 4, "resume": 3, "burst": 1, "err": 1}
-_PROMPTS: Final = (
-    "Once upon a time",
-    "The river ran",
-    "In the morning, the baker",
-    "A ship with three masts",
-)
+CLIENTS: Final = {
+    "read": 4,
+    "read slowly": 2,
+    "leave": 4,
+    "resume": 3,
+    "abort": 2,
+    "messages": 2,
+    "constrain": 2,
+    "talk by socket": 2,
+    "chat": 3,
+    "burst": 1,
+    "err": 1,
+}
 
 
 class Restarted:
@@ -86,8 +99,10 @@ class Restarted:
         self.losses = Losses()
 
     async def kill_every(self, seconds: float, until: asyncio.Event) -> None:
-        """Kill it and start it again, until told to stop."""
-        while not await _is_set_within(until, seconds):
+        """Kill it so often and start it again, until told to stop; at once if a start took longer than that."""
+        due = time.monotonic() + seconds
+        while not await _is_set_within(until, max(0.0, due - time.monotonic())):
+            due = time.monotonic() + seconds
             self.kills += 1
             gently = self.kills % 3 == 0
             end = self._process.end
@@ -118,7 +133,11 @@ class Subject:
         tasks = re.search(r"^sluice_tasks (\S+)$", text, re.MULTILINE)
         assert tasks is not None
         found = psutil.Process(self.process.pid)
-        return State(found.memory_info().rss / _MIB, found.num_fds(), int(float(tasks[1])))
+        descriptors = found.num_fds()
+        for _ in range(_DESCRIPTOR_READINGS):  # the connection of just now is still one, or not
+            await asyncio.sleep(_READING_SECONDS)
+            descriptors = min(descriptors, found.num_fds())
+        return State(found.memory_info().rss / _MIB, descriptors, int(float(tasks[1])))
 
 
 @dataclass(frozen=True)
@@ -140,8 +159,12 @@ class State:
         ]
 
     def is_left_over(self, end: State) -> bool:
-        """Whether there is more of what must not grow."""
-        return end.tasks > self.tasks or end.descriptors > self.descriptors
+        """Whether there is more of what must not grow, or too much more memory."""
+        return (
+            end.tasks > self.tasks
+            or end.descriptors > self.descriptors
+            or end.resident_mib > self.resident_mib + _MOST_GROWTH_MIB
+        )
 
 
 class Soak:
@@ -164,7 +187,7 @@ class Soak:
     async def run(self, seconds: float, warm_up_seconds: float, kill_seconds: float) -> Report:
         """Traffic for so long after a warm-up, with kills. Raises: TimeoutError, if the workers do not come to rest."""
         load = os.getloadavg()[0]
-        known = await self._ask_beforehand()
+        known = await ask_beforehand(self._workers[0])
         await self._traffic(known, warm_up_seconds, kill_seconds)
         begin = await self._states()
         before = self._restarted.kills
@@ -186,23 +209,14 @@ class Soak:
         summary = (
             f"{seconds / 60:,.1f} minutes, {kills} kills of a worker, {self.tally.requests:,} requests,"
             f" {self.tally.failures.total():,} failures, {leaked_blocks} leaked blocks."
+            f" A process may grow by {_MOST_GROWTH_MIB:g} MiB."
         )
         parts = [_WHAT, summary, str(self.tally.table()), str(states)]
         if self.tally.details:
             parts.append("\n".join(f"- {detail}" for detail in self.tally.details))
         return Report("Soak", tuple(parts), load)
 
-    async def _ask_beforehand(self) -> list[Known]:
-        chooser = random.Random(_SEED)
-        known = []
-        for prompt in _PROMPTS:
-            for temperature in (0.0, 0.9):
-                one = Known(prompt, chooser.randrange(20, 300), temperature, chooser.randrange(99))
-                answer = [m async for m in self._workers[0].Generate(one.request())]
-                known.append(replace(one, text="".join(m.delta.text for m in answer)))
-        return known
-
-    async def _traffic(self, known: Sequence[Known], seconds: float, kill_seconds: float) -> None:
+    async def _traffic(self, known: Knowledge, seconds: float, kill_seconds: float) -> None:
         until = asyncio.Event()
         seeds = itertools.count(_SEED)
         async with asyncio.TaskGroup() as group:

@@ -35,6 +35,11 @@ class Event:
         return fields
 
 
+def delete(path: str) -> bytes:
+    """A DELETE request whose connection ends with the answer."""
+    return f"DELETE {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+
+
 class Call:
     """One HTTP request on a connection of its own. `begin` makes it; `close` or `vanish` must end it."""
 

@@ -3,103 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlencode
 
+from websockets.exceptions import WebSocketException
+
 from benchmarks.load_client import get, post
-from benchmarks.soak_client import Call, CutOff, Event
+from benchmarks.soak_client import Call, CutOff, delete
+from benchmarks.soak_dialects import Dialects, native_text, openai_text
+from benchmarks.soak_known import Knowledge
 from benchmarks.soak_losses import Losses
-from benchmarks.table import Table
-from protos.sluice.v1 import generation_pb2 as pb
+from benchmarks.soak_tally import Tally, Wrong, compare, expect
 
 _OK: Final = 200
 _NO_CONTENT: Final = 204
 _OVERLOADED: Final = 429
 # What is said of a stream that is no longer kept.
 _GONE: Final = frozenset({410, 503})
-_DONE: Final = "[DONE]"
+# What is said of a stream that is to be aborted, while it goes from one worker to another.
+_UNKNOWN: Final = frozenset({404, 503})
 _MAX_CUTS: Final = 6  # of one stream that is resumed
 _PATIENCE_SECONDS: Final = 60.0
-
-
-@dataclass(frozen=True)
-class Known:
-    """A generation whose text was asked for beforehand, from one worker that nothing disturbed."""
-
-    prompt: str
-    max_tokens: int
-    temperature: float
-    seed: int
-    text: str = ""
-
-    def request(self) -> pb.GenerateRequest:
-        """It, in the worker's words."""
-        return pb.GenerateRequest(
-            prompt=pb.Prompt(text=self.prompt),
-            sampling=pb.Sampling(temperature=self.temperature, seed=self.seed),
-            stopping=pb.Stopping(max_tokens=self.max_tokens, ignore_eos=True),
-        )
-
-    def fields(self) -> dict[str, Any]:
-        """It, in the words that the native dialect and OpenAI's completions share."""
-        return {
-            "prompt": self.prompt,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "ignore_eos": True,
-        }
-
-
-@dataclass
-class Tally:
-    """How requests ended, by what their clients did. Only what is in `failures` is wrong."""
-
-    ended: Counter[tuple[str, str]] = field(default_factory=Counter)
-    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
-    details: list[str] = field(default_factory=list)  # of each failure
-
-    @property
-    def requests(self) -> int:
-        """How many there were in all."""
-        return self.ended.total() + self.failures.total()
-
-    def clear(self) -> None:
-        """Count from here."""
-        self.ended.clear()
-        self.failures.clear()
-        self.details.clear()
-
-    def table(self) -> Table:
-        """Every kind of ending, the failures last."""
-        table = Table(["client", "its request", "times"], labels=2)
-        for (action, ending), times in sorted(self.ended.items()):
-            table.rows.append([action, ending, f"{times:,}"])
-        for (action, failure), times in sorted(self.failures.items()):
-            table.rows.append([action, f"**failed: {failure}**", f"{times:,}"])
-        return table
-
-
-class Wrong(Exception):
-    """A request ended as none may; the message says how, in a few words."""
 
 
 class Client:
     """One of the soak's clients: does the same again and again until it is told to stop."""
 
     def __init__(
-        self, port: int, known: Sequence[Known], tally: Tally, losses: Losses, seed: int
+        self, port: int, known: Knowledge, tally: Tally, losses: Losses, seed: int
     ) -> None:
         self._port = port
         self._known = known
         self._tally = tally
         self._losses = losses
         self._random = random.Random(seed)
+        self.dialects = Dialects(port, known, losses, self._random)
 
     async def run(self, action: str, until: asyncio.Event) -> None:
         """`action` is one of ACTIONS."""
@@ -120,6 +62,10 @@ class Client:
             self._fail(action, "silent for a minute", begin)
         except OSError as error:
             self._fail(action, type(error).__name__, begin, str(error))
+        except WebSocketException as error:
+            self._fail(action, f"socket: {error}", begin)
+        except (ValueError, LookupError) as error:
+            self._fail(action, f"not understood: {error!r}", begin)
         else:
             self._tally.ended[action, ending] += 1
 
@@ -132,23 +78,23 @@ class Client:
 
     async def read(self, pause: float = 0.0) -> str:
         """Read a whole stream, of one dialect or the other."""
-        known = self._random.choice(self._known)
+        known = self._random.choice(self._known.texts)
         if self._random.random() < 0.5:
-            request, text_of = post("/v1/streams", known.fields()), _native_text
+            request, text_of = post("/v1/streams", known.fields()), native_text
         else:
             body = known.fields() | {"model": "default", "stream": True}
-            request, text_of = post("/v1/completions", body), _openai_text
+            request, text_of = post("/v1/completions", body), openai_text
         call = await Call.begin(self._port, request)
         try:
             if call.status == _OVERLOADED:
                 return "told 429"
-            await _expect(call, _OK)
+            await expect(call, _OK)
             text = []
             async for event in call.events():
                 text.append(text_of(event))
                 if pause:
                     await asyncio.sleep(self._random.uniform(0, pause))
-            _compare("".join(text), known)
+            compare("".join(text), known.text)
         finally:
             call.close()
         return "whole and right"
@@ -159,12 +105,12 @@ class Client:
 
     async def leave(self) -> str:
         """Go away in the middle of a stream."""
-        known = self._random.choice(self._known)
+        known = self._random.choice(self._known.texts)
         call = await Call.begin(self._port, post("/v1/streams", known.fields()))
         try:
             if call.status == _OVERLOADED:
                 return "told 429"
-            await _expect(call, _OK)
+            await expect(call, _OK)
             left = self._random.randrange(12)
             async for _ in call.events():
                 left -= 1
@@ -174,9 +120,54 @@ class Client:
             call.vanish() if self._random.random() < 0.5 else call.close()
         return "left"
 
+    async def abort(self) -> str:
+        """Have a stream ended by its name, over another connection, and read on."""
+        known = self._random.choice(self._known.texts)
+        opened = time.monotonic()
+        call = await Call.begin(self._port, post("/v1/streams", known.fields()))
+        try:
+            if call.status == _OVERLOADED:
+                return "told 429"
+            await expect(call, _OK)
+            text, reason, outcome = [], "", ""
+            left = self._random.randrange(1, 12)
+            async for event in call.events():
+                if event.kind == "finished":
+                    reason = event.json()["finish_reason"]
+                else:
+                    text.append(native_text(event))
+                left -= 1
+                if left == 0:
+                    name = event.id.rsplit("-", maxsplit=1)[0]
+                    outcome = await self._delete(name, opened)
+        finally:
+            call.close()
+        if reason == "cancelled" and outcome == "aborted":
+            if not known.text.startswith("".join(text)):
+                raise Wrong("another text")
+            return "aborted, and right so far"
+        # its end was under way, or it went on elsewhere, whether it was just aborted or could not be found for a moment
+        if reason != "length" or not (
+            outcome in ("", "already_finished") or self._losses.was_one_since(opened)
+        ):
+            raise Wrong(f"finish reason {reason}, though the abort was answered {outcome!r}")
+        compare("".join(text), known.text)
+        return "whole and right"
+
+    async def _delete(self, name: str, opened: float) -> str:
+        call = await Call.begin(self._port, delete(f"/v1/streams/{name}"))
+        try:
+            if call.status in _UNKNOWN and self._losses.was_one_since(opened):
+                return "unknown"
+            await expect(call, _OK)
+            outcome: str = json.loads(await call.body())["outcome"]
+            return outcome
+        finally:
+            call.close()
+
     async def resume(self) -> str:
         """Read a stream through several connections that each break off somewhere."""
-        known = self._random.choice(self._known)
+        known = self._random.choice(self._known.texts)
         query = {
             name: str(value).lower() if isinstance(value, bool) else value
             for name, value in known.fields().items()
@@ -198,7 +189,7 @@ class Client:
                         return "its worker died while nobody read"
                     return "its worker died with events on their way"
                 if call.status != _OVERLOADED:  # else it was parked, and has to come back once more
-                    await _expect(call, _OK)
+                    await expect(call, _OK)
                     opened = time.monotonic()
                     last_id = await self._read_some(call, text, last_id, cuts == _MAX_CUTS)
                     cuts += 1
@@ -208,13 +199,13 @@ class Client:
                 call.vanish()
             left = time.monotonic()
             await asyncio.sleep(self._random.uniform(0, 0.3))
-        _compare("".join(text), known)
+        compare("".join(text), known.text)
         return "whole and right"
 
     async def _read_some(self, call: Call, text: list[str], last_id: str, to_the_end: bool) -> str:
         left = self._random.randrange(1, 40)
         async for event in call.events():
-            text.append(_native_text(event))
+            text.append(native_text(event))
             last_id = event.id or last_id
             left -= 1
             if left == 0 and not to_the_end:
@@ -248,6 +239,11 @@ _ACTIONS: Final[dict[str, Callable[[Client], Awaitable[str]]]] = {
     "burst": Client.burst,
     "burst's request": Client.read,
     "err": Client.err,
+    "abort": Client.abort,
+    "messages": lambda client: client.dialects.messages(),
+    "constrain": lambda client: client.dialects.constrain(),
+    "talk by socket": lambda client: client.dialects.talk(),
+    "chat": lambda client: client.dialects.chat(),
 }
 
 _BAD: Final[Sequence[tuple[str, bytes]]] = (
@@ -269,33 +265,3 @@ def _get_after(path: str, last_id: str) -> bytes:
     if not last_id:
         return request
     return request[:-2] + f"last-event-id: {last_id}\r\n\r\n".encode()
-
-
-def _native_text(event: Event) -> str:
-    fields = event.json()
-    if event.kind == "failed":
-        raise Wrong(f"a failed event: {fields}")
-    if event.kind == "finished" and fields["finish_reason"] != "length":
-        raise Wrong(f"finish reason {fields['finish_reason']}")
-    text: str = fields.get("text", "")
-    return text
-
-
-def _openai_text(event: Event) -> str:
-    if event.data == _DONE:
-        return ""
-    fields = event.json()
-    if "error" in fields:
-        raise Wrong(f"an error event: {fields['error']}")
-    text: str = fields["choices"][0]["text"] if fields["choices"] else ""
-    return text
-
-
-async def _expect(call: Call, wanted: int) -> None:
-    if call.status != wanted:
-        raise Wrong(f"status {call.status}: {(await call.body()).decode(errors='replace')}")
-
-
-def _compare(text: str, known: Known) -> None:
-    if text != known.text:
-        raise Wrong("another text")

@@ -10,6 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# What each kind of client is told at least once, its text compared with the one known beforehand.
+VERIFIED = (
+    ("read", "whole and right"),
+    ("resume", "whole and right"),
+    ("abort", "aborted, and right so far"),
+    ("messages", "whole and right"),
+    ("constrain", "of its schema, and right"),
+    ("talk by socket", "every turn whole and right"),
+    ("chat", "whole and right"),
+)
 
 
 @pytest.mark.timeout(600)
@@ -27,3 +37,6 @@ def test_a_minute_of_everything_loses_nothing() -> None:
     assert int(found[1]) >= 1
     for ending in ("whole and right", "left", "told 429", "told 4xx"):
         assert f"| {ending}" in result.stdout
+    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in result.stdout.splitlines()]
+    for verified in VERIFIED:
+        assert list(verified) in cells, result.stdout
