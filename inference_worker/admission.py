@@ -60,8 +60,9 @@ class Admission:
     preempts where they were too many.
 
     What was begun before, here or on another worker, is not as free to be refused: its reader has the beginning. It
-    finds room beyond the queue's, in which as many requests may wait as such a worker has inside; and its key's limits
-    let it pass, since the key has paid for all that was delivered.
+    finds room beyond the queue's, in which as many requests may wait as such a worker has inside; and its key's tokens
+    let it pass, since the key has paid for all that was delivered. Its key's concurrency does too where another worker
+    lost it; what left here of its own accord finds its place as any other.
 
     Invariants: waiting requests, tokens and blocks exceed their limits by continuations alone, and nothing is counted
     once every ticket is released.
@@ -112,7 +113,10 @@ class Admission:
         if is_continued:
             if is_waiting:
                 self._check_room_for_continued()
-            key = self._keys.enter_continued(caller)
+            if is_ours:
+                key = self._keys.enter_again(caller, self.forecast.seconds_per_request)
+            else:
+                key = self._keys.enter_continued(caller)
         else:
             if is_waiting:
                 self._check_queue(prompt_tokens)

@@ -146,7 +146,7 @@ class KeptStream:
 
         Raises: SluiceError, which may be TakenOver, StreamGone, or what the stream failed with.
         """
-        if not self._is_kept:  # any longer, since it was found
+        if not self._is_kept or number < self.replay.first:  # any longer, since it was found
             raise StreamGone(self._first)
         reader = self._attach(number)
         try:

@@ -40,10 +40,7 @@ class KeyLimits:
         `seconds_per_request`: how long one takes to leave, as far as known. Raises: KeyLimit.
         """
         key = self._key(caller)
-        limit = caller.max_concurrent
-        if limit is not None and key.inside >= limit:
-            wait = max(MIN_RETRY_SECONDS, seconds_per_request)
-            raise KeyLimit(f"{limit} of its requests are inside already", wait)
+        self._check_concurrency(caller, key, seconds_per_request)
         key.set_rate(caller.tokens_per_minute)
         if (wait := key.seconds_until(prompt_tokens)) > 0:
             what = f"{caller.tokens_per_minute} tokens in a minute"
@@ -57,6 +54,20 @@ class KeyLimits:
         key = self._key(caller)
         key.set_rate(caller.tokens_per_minute)
         return self._count(caller, key, is_paid=True)
+
+    def enter_again(self, caller: Caller, seconds_per_request: float) -> KeyTicket:
+        """Count a request that was begun here, and left: its tokens are paid for, but not its place.
+
+        Raises: KeyLimit.
+        """
+        self._check_concurrency(caller, self._key(caller), seconds_per_request)
+        return self.enter_continued(caller)
+
+    def _check_concurrency(self, caller: Caller, key: _Key, seconds_per_request: float) -> None:
+        limit = caller.max_concurrent
+        if limit is not None and key.inside >= limit:
+            wait = max(MIN_RETRY_SECONDS, seconds_per_request)
+            raise KeyLimit(f"{limit} of its requests are inside already", wait)
 
     def _key(self, caller: Caller) -> _Key:
         key = self._inside.get(caller.key_id) or self._idle.get(caller.key_id)

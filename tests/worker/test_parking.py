@@ -235,6 +235,30 @@ async def test_what_finds_no_place_again_stays_parked() -> None:
         assert StreamRecord().add(read).choice(0).num_tokens == 40
 
 
+async def test_those_of_one_key_come_back_as_its_limit_lets_them() -> None:
+    async with serve_script(**SLOW) as worker:
+        caller = pb.Caller(key_id="alice", max_concurrent=1, tokens_per_minute=1)
+        names = []
+        for count in range(1, 3):
+            call = worker.stub.Generate(parking(caller=caller, **ENDLESS))
+            # in debt from now on, which is no reason to refuse what goes on
+            caller.ClearField("tokens_per_minute")
+            names.append((await begin(call)).resume_id)
+            await parked(worker, call, count)
+        inside = resume(worker, names[0], key="alice")
+        await worker.wait_for(running=1)
+        refusal = await refusal_of(resume(worker, names[1], key="alice"))
+        assert (refusal.code, refusal.info.reason) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "KEY_LIMIT",
+        )
+        assert refusal.has_retry
+        await parked(worker, inside, 2)
+        again = resume(worker, names[1], key="alice")
+        await worker.wait_for(running=1)
+        again.cancel()
+
+
 async def test_a_draining_worker_goes_on_with_what_it_began() -> None:
     async with serve_script(**SLOW) as worker:
         call = worker.stub.Generate(parking(max_tokens=40))
