@@ -15,8 +15,12 @@ class Keeper(Protocol):
         """It was admitted."""
         ...
 
-    def has_room(self) -> bool:
-        """Whether a message more may be kept."""
+    def has_room(self, stream: KeptStream) -> bool:
+        """Whether a message more of it may be kept."""
+        ...
+
+    def note_parked(self, stream: KeptStream) -> None:
+        """It was parked, or no longer is."""
         ...
 
     def note_end(self, stream: KeptStream) -> None:

@@ -24,6 +24,7 @@ from inference_worker.parkable import Messages, Parkable
 from inference_worker.replay import Replay
 from inference_worker.request_log import get_logger
 from inference_worker.resume_terms import ResumeTerms
+from inference_worker.resume_window import ResumeWindow
 from inference_worker.stream_reader import StreamReader
 from protos.sluice.v1 import generation_pb2 as pb
 
@@ -56,15 +57,14 @@ class KeptStream:
         self._error: SluiceError | None = None  # what it ended with, if it failed
         self._is_begun = False  # somebody has read of it
         self._reader: StreamReader | None = None
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._window = ResumeWindow(terms.window, self._expire)
         self._task: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # of the tasks, which write one after the other
         self._parkable: Parkable | None = None
         self.is_parked = False
         self._is_left = False  # its reader has gone away
         self._is_waking = False  # somebody has come back, and it has no place yet
-        self._arm()  # should nobody ever read
+        self._window.begin()  # should nobody ever read
 
     @property
     def is_read(self) -> bool:
@@ -236,7 +236,7 @@ class KeptStream:
             self._end(None)
 
     def _is_full(self) -> bool:
-        return self.replay.is_full or not self._keeper.has_room()
+        return self.replay.is_full or not self._keeper.has_room(self)
 
     async def _make_room(self) -> None:
         """Drop the oldest messages where there is no room for one more.
@@ -287,17 +287,22 @@ class KeptStream:
         parkable = self._parkable
         if parkable is None or not parkable.can_park or self._task is None:
             return
-        self.is_parked = True
+        self._set_parked(True)
         self._is_waking = False
         parkable.park()
         self._task.cancel()
+
+    def _set_parked(self, is_parked: bool) -> None:
+        if is_parked is not self.is_parked:
+            self.is_parked = is_parked
+            self._keeper.note_parked(self)
 
     def _wake(self, parkable: Parkable) -> None:
         """Somebody reads again."""
         if parkable.is_late:
             self._end_parked(FinishReason.DEADLINE)
             return
-        self.is_parked = False
+        self._set_parked(False)
         self._is_waking = True
         self._task = asyncio.create_task(self._fill(parkable.messages()), name="kept stream")
 
@@ -306,7 +311,7 @@ class KeptStream:
         if self._parkable is None:
             return
         self._is_waking = False
-        self.is_parked = True
+        self._set_parked(True)
         self._parkable.park()
         if isinstance(error, DeadlinePassed):
             self._end_parked(FinishReason.DEADLINE)
@@ -319,7 +324,7 @@ class KeptStream:
         """Its last messages, or the error in their place. False: it has its place."""
         if not (self.is_parked or self._is_waking) or self._parkable is None:
             return False
-        self.is_parked = False
+        self._set_parked(False)
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -332,7 +337,8 @@ class KeptStream:
 
     def _end(self, error: SluiceError | None) -> None:
         self.is_over = True
-        self.is_parked = self._is_waking = False
+        self._set_parked(False)
+        self._is_waking = False
         if self._parkable is not None:
             self._parkable.forget()
         self._error = error
@@ -341,13 +347,13 @@ class KeptStream:
             self._forget()
             return
         self._keeper.note_end(self)
-        self._arm()
+        self._window.begin()
 
     def _attach(self, number: int) -> StreamReader:
         if self._reader is not None:
             self._reader.replace()
         elif not self.is_over:
-            self._disarm()
+            self._window.stop()
         self._reader = StreamReader(number)
         self._is_left = False
         if self.is_parked and self._parkable is not None:
@@ -367,7 +373,7 @@ class KeptStream:
             if self._is_expired:
                 self._forget()
         elif self._is_begun or self.terms.tag is not None:
-            self._arm()
+            self._window.begin()
             self._is_left = True
             self._park()
         else:  # nobody knows the name to come back with
@@ -377,15 +383,6 @@ class KeptStream:
         if self._reader is not None:
             self._reader.news.set()
 
-    def _arm(self) -> None:
-        self._disarm()
-        self._timer = self._loop.call_later(self.terms.window, self._expire)
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def _expire(self) -> None:
         if self.is_read:  # it is over: its reader may read on
             self._is_expired = True
@@ -393,7 +390,7 @@ class KeptStream:
             self.cancel()
 
     def _forget(self) -> None:
-        self._disarm()
+        self._window.stop()
         if self._is_kept:
             self._is_kept = False
             if self._parkable is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Final
 
 from inference_worker.errors import InvalidField, StreamNotFound
 from inference_worker.field_rules import refuse_unknown_fields
+from inference_worker.kept_shares import KeptShares
 from inference_worker.kept_stream import KeptStream
 from inference_worker.origin import Origin
 from inference_worker.replay import MESSAGE_OVERHEAD, Replay
@@ -48,7 +50,8 @@ class KeptStreams:
 
     Invariant: `num_bytes` is at most `max_total_bytes` and, of each stream, one message; those streams that have not
     begun left aside, with what they bring, since they make room only once they do: a request that is refused takes
-    nothing from anybody. Streams that have ended make way first, longest ended first; where that is not enough a new
+    nothing from anybody. Streams of the key that has most make way first, `KeptShares` says how: of one key those that
+    have ended, longest ended first, then those that are parked, longest parked first. Where that is not enough a new
     stream is not kept, and one that grows loses its oldest messages.
     """
 
@@ -58,7 +61,7 @@ class KeptStreams:
         self._tagged: dict[
             tuple[str, str], KeptStream
         ] = {}  # by key id and tag; the latest of each
-        self._ended: dict[KeptStream, None] = {}  # longest ended first
+        self._shares = KeptShares()
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -66,8 +69,8 @@ class KeptStreams:
 
     @property
     def num_parked(self) -> int:
-        """How many of them wait for a reader to go on. From any thread."""
-        return sum(stream.is_parked for stream in list(self._streams.values()))
+        """How many of them wait for a reader to go on. Any thread may ask."""
+        return self._shares.num_parked
 
     def open(self, terms: ResumeTerms, origin: Origin | None = None) -> KeptStream | None:
         """Begin to keep a stream; None if there is no room for it. With an origin another worker may go on with it."""
@@ -78,14 +81,17 @@ class KeptStreams:
             return None
         if origin is not None:
             origin.limit(room // _MAX_ORIGIN_SHARE)
-        if not self._could_hold(terms.num_bytes + (0 if origin is None else origin.num_bytes)):
+        size = terms.num_bytes + (0 if origin is None else origin.num_bytes)
+        if not self._could_hold(terms.key_id, size):
             return None
         if terms.resume_id in self._streams:
             terms = replace(terms, resume_id=None)
         first = terms.header_number or 0
-        replay = Replay(limits.max_messages, room, self._grow, first)
+        self._shares.add(terms)
+        self.num_bytes += terms.num_bytes
+        grow = partial(self._grow, terms.key_id)
+        replay = Replay(limits.max_messages, room, grow, first)
         stream = KeptStream(terms, replay, self, origin)
-        self._grow(terms.num_bytes)
         self._streams[stream.resume_id] = stream
         return stream
 
@@ -115,7 +121,7 @@ class KeptStreams:
         """Wait until the readers of streams that have ended have read all, but not longer than this."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                for stream in list(self._ended):
+                for stream in self._shares.ended():
                     await stream.wait_unread()
 
     def close(self) -> None:
@@ -125,52 +131,62 @@ class KeptStreams:
 
     def note_begin(self, stream: KeptStream) -> None:
         """It has its place now, and its tag means it; a request that is refused takes no other's."""
-        while len(self._streams) > self._limits.max_streams and self._drop_ended():
-            pass
+        surplus = max(0, len(self._streams) - self._limits.max_streams)
+        for other in list(islice(self._shares.making_way(stream.terms.key_id), surplus)):
+            other.cancel()
         if stream.terms.tag is not None:
             self._tagged[stream.terms.key_id, stream.terms.tag] = stream
 
-    def has_room(self) -> bool:
-        """Whether there is room for a message more, once streams that have ended have made way."""
+    def has_room(self, stream: KeptStream) -> bool:
+        """Whether there is room for a message more of it, once others have made way."""
         while self.num_bytes >= self._limits.max_total_bytes:
-            if not self._drop_ended():
+            other = next(self._shares.making_room(stream.terms.key_id), None)
+            if other is None or other is stream:  # which has messages of its own to drop
                 return False
+            other.cancel()
         return True
 
     def note_end(self, stream: KeptStream) -> None:
         """It may go when there is no room for others."""
-        self._ended[stream] = None
+        if self._has(stream):
+            self._shares.note_end(stream)
+
+    def note_parked(self, stream: KeptStream) -> None:
+        """It may go when there is no room for others; or it goes on."""
+        if self._has(stream):
+            self._shares.note_parked(stream)
 
     def note_forgotten(self, stream: KeptStream) -> None:
         """Its names mean nothing any longer."""
-        self._ended.pop(stream, None)
+        stream.replay.clear()
+        self._shares.remove(stream)
+        self.num_bytes -= stream.terms.num_bytes
         del self._streams[stream.resume_id]
         tag = (stream.terms.key_id, stream.terms.tag or "")
         if self._tagged.get(tag) is stream:
             del self._tagged[tag]
-        stream.replay.clear()
-        self._grow(-stream.terms.num_bytes)
 
-    def _could_hold(self, size: int) -> bool:
-        """Whether one more stream of so many bytes has a place, if all that have ended made way."""
+    def _has(self, stream: KeptStream) -> bool:
+        return self._streams.get(stream.resume_id) is stream
+
+    def _could_hold(self, key_id: str, size: int) -> bool:
+        """Whether one more stream of the key and of so many bytes has a place, if all that may go made way."""
         surplus = len(self._streams) + 1 - self._limits.max_streams
         excess = self.num_bytes + size + 1 - self._limits.max_total_bytes
-        for stream in self._unread_ended():
-            if surplus <= 0 and excess <= 0:
+        going: set[KeptStream] = set()
+        if surplus > 0:
+            going.update(islice(self._shares.making_way(key_id, more=1), surplus))
+            surplus -= len(going)
+            excess -= sum(stream.num_bytes for stream in going)
+        if surplus > 0:
+            return False
+        for stream in self._shares.making_room(key_id, more=size) if excess > 0 else ():
+            if stream not in going:
+                excess -= stream.num_bytes
+            if excess <= 0:
                 break
-            surplus -= 1
-            excess -= stream.num_bytes
-        return surplus <= 0 and excess <= 0
+        return excess <= 0
 
-    def _drop_ended(self) -> bool:
-        """Forget the stream that ended longest ago and that nobody reads."""
-        if (stream := next(self._unread_ended(), None)) is not None:
-            stream.cancel()
-        return stream is not None
-
-    def _unread_ended(self) -> Iterator[KeptStream]:
-        """Those that may go, the one that ended longest ago first."""
-        return (stream for stream in self._ended if not stream.is_read)
-
-    def _grow(self, size: int) -> None:
+    def _grow(self, key_id: str, size: int) -> None:
         self.num_bytes += size
+        self._shares.grow(key_id, size)

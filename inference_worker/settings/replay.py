@@ -34,13 +34,13 @@ class ReplaySettings(SettingGroup):
     replay_streams: int = Field(
         1024,
         ge=1,
-        description="Most streams that are kept. Where there are more, those that ended first go first; beside so many "
-        "that run, a new one cannot be resumed.",
+        description="Most streams that are kept. Where there are more, those of the key that has most go first: what "
+        "ended, then what is parked, the oldest first. Beside so many that run, a new one cannot be resumed.",
         json_schema_extra=unit("streams"),
     )
     replay_total_bytes: int = Field(
         256 * 1024 * 1024,
         ge=1024,
-        description="Most bytes that are kept of all streams together; those that ended first go first.",
+        description="Most bytes that are kept of all streams together; as many streams as need be go, likewise.",
         json_schema_extra=unit("bytes"),
     )

@@ -259,6 +259,42 @@ async def test_those_of_one_key_come_back_as_its_limit_lets_them() -> None:
         again.cancel()
 
 
+async def test_of_the_key_that_has_most_the_longest_parked_makes_way() -> None:
+    async def park(key: str, **fields: Any) -> str:
+        call = worker.stub.Generate(parking(caller=pb.Caller(key_id=key), **fields))
+        name = (await begin(call)).resume_id
+        call.cancel()
+        await worker.wait_idle()
+        return name
+
+    async def gone(names: dict[str, str]) -> set[str]:
+        there = {name: worker.worker._kept.get(name, None) for name in names}
+        return {label for name, label in names.items() if there[name] is None}
+
+    async with serve_script(replay_streams=4, **SLOW) as worker:
+        names = {await park("mallory", **ENDLESS): f"mallory {i}" for i in range(3)}
+        ended = await worker.generate(
+            resume_window=window(), caller=pb.Caller(key_id="alice"), max_tokens=1
+        )
+        names[ended[0].started.resume_id] = "alice 0"
+        assert await gone(names) == set()
+        names[await park("mallory", **ENDLESS)] = "mallory 3"
+        assert await gone(names) == {"mallory 0"}, "for itself"
+        names[await park("alice", **ENDLESS)] = "alice 1"
+        assert await gone(names) == {"mallory 0", "mallory 1"}, "for who has less"
+        names[await park("mallory", **ENDLESS)] = "mallory 4"
+        assert await gone(names) == {"mallory 0", "mallory 1", "mallory 2"}, "for itself again"
+        assert num_parked(worker) == 3
+    async with serve_script(replay_total_bytes=64 * 1024, **SLOW) as worker:
+        note = b"x" * 14 * 1024  # kept twice, with the request that waits
+        names = {await park("mallory", annotation=note, **ENDLESS): f"mallory {i}" for i in (0, 1)}
+        names[await park("alice", annotation=note, **ENDLESS)] = "alice 0"
+        assert await gone(names) == {"mallory 0"}
+        assert (num_parked(worker), worker.worker.num_kept[0]) == (2, 2)
+        assert worker.worker.num_kept[1] <= 64 * 1024
+    assert worker.worker.num_kept == (0, 0)
+
+
 async def test_a_draining_worker_goes_on_with_what_it_began() -> None:
     async with serve_script(**SLOW) as worker:
         call = worker.stub.Generate(parking(max_tokens=40))

@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 from google.protobuf import duration_pb2
 
+from inference_worker.errors import StreamGone
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.patience import PATIENCE
 from tests.worker.served_worker import (
@@ -215,6 +216,15 @@ async def test_who_asks_for_what_is_gone_takes_the_stream_from_nobody() -> None:
         while (await read_until(call, "delta"))[-1].sequence_number < 4:
             pass
         assert (await refusal_of(resume(worker, started.resume_id))).info.reason == "STREAM_GONE"
+        stream = worker.worker._kept.get(started.resume_id, None)
+        assert stream is not None
+        first = stream.replay.first
+        late = stream.resume(first, is_snapshot=False, is_continuable=False)
+        while stream.replay.first == first:  # it is gone before it is read
+            stream.replay.drop_oldest()
+        with pytest.raises(StreamGone):
+            await anext(late)
+        assert stream.is_read
         await end(worker, started)
         assert reasons(await read_rest(call)) == ["CANCELLED"]
 
