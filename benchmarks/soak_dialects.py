@@ -97,11 +97,12 @@ class Dialects:
         url = f"ws://127.0.0.1:{self._port}/v1/ws"
         async with connect(url, proxy=None, open_timeout=_PATIENCE_SECONDS) as socket:
             for said, answer in zip(talk.said, talk.answers, strict=True):
-                if (
-                    self._random.random() < 0.3
-                    and await self._cancelled_turn(socket) != "cancelled"
-                ):
-                    return "told 429, or answered before the cancel came"
+                if self._random.random() < 0.3:
+                    reason = await self._cancelled_turn(socket)
+                    if reason != "cancelled":
+                        return (
+                            "told 429" if reason == "overloaded" else "answered before its cancel"
+                        )
                 await _say(socket, said, talk.max_tokens)
                 if self._random.random() < 0.1:
                     await _next_frame(socket)
