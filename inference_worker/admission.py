@@ -61,8 +61,8 @@ class Admission:
 
     What was begun before, here or on another worker, is not as free to be refused: its reader has the beginning. It
     finds room beyond the queue's, in which as many requests may wait as such a worker has inside; and its key's tokens
-    let it pass, since the key has paid for all that was delivered. Its key's concurrency does too where another worker
-    lost it; what left here of its own accord finds its place as any other.
+    let it pass, since the key has paid for all that was delivered; it pays for what is computed again here. Its key's
+    concurrency does too where another worker lost it; what left here of its own accord finds its place as any other.
 
     Invariants: waiting requests, tokens and blocks exceed their limits by continuations alone, and nothing is counted
     once every ticket is released.
@@ -313,11 +313,11 @@ class Ticket:
             books.waiting_tokens += sign * tokens
             books.waiting_blocks += sign * blocks
 
-    def serve(self) -> None:
-        """The engine began with the request."""
+    def serve(self, num_uncached: int = 0) -> None:
+        """The engine began with the request, and computes so many tokens before the first that is new."""
         self.leave_queue()
         self._scheduled_at = self._admission._clock()
-        self._key.serve()
+        self._key.serve(num_uncached)
 
     def use(self, completion_tokens: int) -> None:
         """The engine gave so many more tokens."""

@@ -193,7 +193,7 @@ class Generation:
             case Started():
                 self._is_started = True
             case Scheduled():
-                self._ticket.serve()
+                self._ticket.serve(event.num_uncached)
             case Delta() if not event.is_prompt:
                 self._use(len(event.tokens))
             case Finished():

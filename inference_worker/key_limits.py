@@ -56,12 +56,15 @@ class KeyLimits:
         return self._count(caller, key, is_paid=True)
 
     def enter_again(self, caller: Caller, seconds_per_request: float) -> KeyTicket:
-        """Count a request that was begun here, and left: its tokens are paid for, but not its place.
+        """Count a request that was begun here, and left: its tokens are paid for, but not its place, and not what has
+        to be computed again.
 
         Raises: KeyLimit.
         """
-        self._check_concurrency(caller, self._key(caller), seconds_per_request)
-        return self.enter_continued(caller)
+        key = self._key(caller)
+        self._check_concurrency(caller, key, seconds_per_request)
+        key.set_rate(caller.tokens_per_minute)
+        return self._count(caller, key, is_paid=True, is_again=True)
 
     def _check_concurrency(self, caller: Caller, key: _Key, seconds_per_request: float) -> None:
         limit = caller.max_concurrent
@@ -73,11 +76,13 @@ class KeyLimits:
         key = self._inside.get(caller.key_id) or self._idle.get(caller.key_id)
         return _Key(self._clock) if key is None else key
 
-    def _count(self, caller: Caller, key: _Key, *, is_paid: bool) -> KeyTicket:
+    def _count(
+        self, caller: Caller, key: _Key, *, is_paid: bool, is_again: bool = False
+    ) -> KeyTicket:
         self._idle.pop(caller.key_id, None)
         self._inside[caller.key_id] = key
         key.inside += 1
-        return KeyTicket(self, caller.key_id, key, is_paid=is_paid)
+        return KeyTicket(self, caller.key_id, key, is_paid=is_paid, is_again=is_again)
 
     def _leave(self, key_id: str, key: _Key) -> None:
         key.inside -= 1
@@ -94,12 +99,15 @@ class KeyLimits:
 class KeyTicket:
     """One request's place among those of its key."""
 
-    def __init__(self, limits: KeyLimits, key_id: str, key: _Key, *, is_paid: bool) -> None:
-        """`is_paid`: the prompt's tokens were taken elsewhere."""
+    def __init__(
+        self, limits: KeyLimits, key_id: str, key: _Key, *, is_paid: bool, is_again: bool
+    ) -> None:
+        """`is_paid`: the prompt's tokens were taken before; `is_again`: here."""
         self._limits = limits
         self._key_id = key_id
         self._key = key
         self._is_paid = is_paid
+        self._is_again = is_again
         self._prompt_tokens = 0
         self._is_served = False
         self._has_left = False
@@ -111,9 +119,14 @@ class KeyTicket:
         self._key.take(prompt_tokens - self._prompt_tokens)
         self._prompt_tokens = prompt_tokens
 
-    def serve(self) -> None:
-        """The model begins with it: the prompt's tokens are used."""
+    def serve(self, num_uncached: int = 0) -> None:
+        """The model begins with it: the prompt's tokens are used.
+
+        One that was begun here pays for what has to be computed again, since it was its caller who left.
+        """
         self._is_served = True
+        if self._is_again:
+            self._key.take(num_uncached)
 
     def use(self, completion_tokens: int) -> None:
         """Tokens were generated."""

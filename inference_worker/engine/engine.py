@@ -267,7 +267,7 @@ class Engine:
                 live.num_cached_tokens = min(row.start, len(live.request.prompt))
                 self._prompt_tokens += len(live.request.prompt)
                 self._cached_tokens += live.num_cached_tokens
-                self._emit(live, Scheduled())
+                self._emit(live, Scheduled(len(row.sequence.token_ids) - row.start))
 
     def _advance(self, live: LiveRequest, row: Row, output: RowOutput) -> None:
         sequence = row.sequence

@@ -69,6 +69,8 @@ class Started:
 class Scheduled:
     """The request left the queue: its first step begins. For admission's books; not sent on the wire."""
 
+    num_uncached: int = 0  # tokens that its first choice lacks in the cache: of its prompt, and what it goes on after
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:

@@ -56,6 +56,23 @@ def test_completions_are_never_cut_but_the_next_request_waits_for_them() -> None
     assert seconds_to_wait(limits, caller, 1) == pytest.approx(61.0)
 
 
+def test_what_comes_back_pays_for_what_is_computed_again_and_no_other_does() -> None:
+    caller = Caller("a", tokens_per_minute=60)  # one a second
+    limits = KeyLimits(Clock())
+    for ticket in (limits.enter_continued(caller), limits.enter_again(caller, 0.0)):
+        ticket.set_prompt_tokens(1000)
+        ticket.leave()  # before the model began with it
+    moved = limits.enter_continued(caller)
+    moved.set_prompt_tokens(1000)
+    moved.serve(100)
+    limits.enter(caller, 1, 0.0).leave()  # not served either: given back
+    again = limits.enter_again(caller, 0.0)
+    again.set_prompt_tokens(1000)
+    again.serve(100)
+    assert seconds_to_wait(limits, caller, 1) == pytest.approx(41.0)
+    limits.enter_again(caller, 0.0)  # in debt, and never refused for that
+
+
 def test_a_prompt_larger_than_the_bucket_needs_a_full_one() -> None:
     clock = Clock()
     limits = KeyLimits(clock)

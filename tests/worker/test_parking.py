@@ -99,6 +99,24 @@ async def test_who_goes_away_frees_the_memory_and_finds_the_rest() -> None:
         assert metrics("sluice_request_seconds_count", outcome="disconnected") == 4
 
 
+async def test_who_comes_back_pays_for_what_is_computed_again() -> None:
+    async with serve_script(prefix_cache=False, **SLOW) as worker:
+        caller = pb.Caller(key_id="alice", tokens_per_minute=1)
+        call = worker.stub.Generate(parking(caller=caller, ids=[5] * 1000, max_tokens=3000))
+        read = await read_until(call, "delta")
+        for _ in range(3):
+            await parked(worker, call)
+            call = resume(worker, read[0].started.resume_id, read[-1].sequence_number, key="alice")
+            read += await read_until(call, "delta")
+        call.cancel()
+        await worker.wait_idle()
+        refusal = await refusal_of(
+            worker.stub.Generate(generate_request(caller=caller, max_tokens=1))
+        )
+        assert refusal.info.reason == "KEY_LIMIT"
+        assert refusal.retry_seconds > 60 * 3900  # a minute for each token
+
+
 @pytest.mark.parametrize("mode", pb.WhileUnread.values())
 async def test_otherwise_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, mode: pb.WhileUnread.ValueType

@@ -102,7 +102,7 @@ def test_events_of_one_request_come_in_order() -> None:
     engine.add(make_request("a", [1, 2, 3], 5))
     events = run(engine)["a"]
     assert events[0] == Started(prompt_tokens=3, cached_tokens=0, queue_position=0)
-    assert events[1] == Scheduled()
+    assert events[1] == Scheduled(num_uncached=3)
     assert completion(events) == reference_completion([1, 2, 3], 5)
     (footer,) = footers(events)
     assert events[-1] is footer
