@@ -31,7 +31,9 @@ class Caller:
 ANYBODY: Final = Caller()
 
 
-def read_caller(message: pb.GenerateRequest) -> Caller:
+def read_caller(
+    message: pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest,
+) -> Caller:
     """The request's caller. Raises: InvalidField, UnsupportedField."""
     if not message.HasField("caller"):
         return ANYBODY

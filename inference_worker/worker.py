@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Final
 
 from inference_worker.admission import Admission, AdmissionLimits
 from inference_worker.caller import check_key_id, read_caller
@@ -18,7 +17,6 @@ from inference_worker.errors import (
     InternalError,
     InvalidField,
     ModelNotFound,
-    QueueFull,
     SluiceError,
     status_of,
 )
@@ -40,10 +38,9 @@ from inference_worker.request_metrics import RequestMetrics
 from inference_worker.resume_terms import read_terms
 from inference_worker.served_model import Served
 from inference_worker.settings import WorkerSettings
+from inference_worker.side_calls import SideCalls
 from inference_worker.step_watchdog import EngineHangs, StepWatchdog
 from protos.sluice.v1 import generation_pb2 as pb
-
-T = TypeVar("T")
 
 # What counts for the length of a text to tokenize where no token has a greatest one.
 _UNBOUNDED_TOKEN_BYTES: Final = 64
@@ -83,7 +80,6 @@ class Worker:
         self._max_tokenize_bytes = settings.max_tokenize_bytes or self.context_length * (
             served.tokenizer.max_token_bytes or _UNBOUNDED_TOKEN_BYTES
         )
-        self._side_calls = 0  # Tokenize and Detokenize calls under way
         self._admission = Admission(
             AdmissionLimits(
                 settings.max_running,
@@ -94,6 +90,7 @@ class Worker:
                 max_waiting_kv=settings.max_waiting_kv,
             )
         )
+        self._side_calls = SideCalls(settings.max_waiting, self._admission.retry_after)
         self.metrics.registry.register(
             LoadMetrics(
                 served.info, self.context_length, self._admission, lambda: self._engine.load
@@ -374,7 +371,8 @@ class Worker:
         if message.prompt.HasField("token_ids"):
             raise InvalidField("prompt.token_ids", "are token ids already")
         check_size(message.prompt, self._max_tokenize_bytes)
-        response = await self._side_call(lambda: self._prompts.tokenize(message.prompt))
+        with self._side_calls.enter(read_caller(message)):
+            response = await self._prompts.tokenize(message.prompt)
         response.context_length = self.context_length
         return response
 
@@ -383,22 +381,11 @@ class Worker:
         refuse_unknown_fields(message, "")
         if message.HasField("model"):
             self._check_model(message.model)
-        text = await self._side_call(
-            lambda: self._prompts.decode(
+        with self._side_calls.enter(read_caller(message)):
+            text = await self._prompts.decode(
                 message.token_ids, keep_special_tokens=message.keep_special_tokens
             )
-        )
         return pb.DetokenizeResponse(text=text)
-
-    async def _side_call(self, call: Callable[[], asyncio.Future[T]]) -> T:
-        """Await a use of the tokenizer that has no place in admission: as many at once as requests may wait."""
-        if self._side_calls > self._settings.max_waiting:
-            raise QueueFull(self._settings.max_waiting, self._admission.retry_after())
-        self._side_calls += 1
-        try:
-            return await call()
-        finally:
-            self._side_calls -= 1
 
     def _check_model(self, name: str) -> None:
         if name != self._served.info.name and name not in self._settings.model_aliases:

@@ -21,6 +21,7 @@ from edge.dialects.common import field_names, new_id
 from edge.dialects.dialect import ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.schema import validate
 from edge.errors import EdgeError, from_finish, invalid_request, server_error
+from edge.gate import caller_of
 from edge.info_endpoints import json_response
 from edge.json_codec import decode, encode
 from edge.request_body import read_parsed
@@ -113,6 +114,8 @@ class CountTokens:
         """The length of the prompt that the messages make."""
         try:
             asked = await read_parsed(request, self._limits, _to_count)
+            if (caller := caller_of(request.scope)) is not None:
+                asked.caller.CopyFrom(caller)
             answer = await self._workers.tokenize(asked)
         except EdgeError as error:
             error.rename_param(NAMES)

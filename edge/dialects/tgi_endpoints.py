@@ -13,6 +13,7 @@ from edge.dialects.schema import validate
 from edge.dialects.tgi import NAMES, refuse
 from edge.dialects.tgi_schema import TgiTokenizeRequest
 from edge.errors import ClientGoneError, EdgeError
+from edge.gate import caller_of
 from edge.info_endpoints import json_response
 from edge.request_body import beside_the_loop, read_parsed
 from edge.request_log import record_of
@@ -52,7 +53,8 @@ class TgiEndpoints:
         try:
             body = await read_parsed(request, self._limits, partial(validate, TgiTokenizeRequest))
             prompt = pb.Prompt(text=body.inputs)
-            answer = await self._workers.tokenize(pb.TokenizeRequest(prompt=prompt))
+            asked = pb.TokenizeRequest(prompt=prompt, caller=caller_of(request.scope))
+            answer = await self._workers.tokenize(asked)
         except EdgeError as error:
             error.rename_param(NAMES)
             return _refused(request, error)

@@ -186,6 +186,19 @@ async def test_the_worker_is_told_for_whom_it_is(
     assert worker.aborted_for == ["alice", "alice"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"inputs": "hi"}), ("/v1/messages/count_tokens", CHAT | {"model": "m"})],
+)
+async def test_who_tokenizes_is_named_too(
+    guarded: httpx.AsyncClient, worker: ScriptedWorker, path: str, body: dict[str, Any]
+) -> None:
+    answer = await guarded.post(path, json=body, headers=bearer(ALICE))
+    assert answer.status_code == 200
+    ((asked, _),) = worker.tokenizations
+    assert asked.caller == KEYS[0].caller()
+
+
 async def test_without_keys_nobody_is_named(
     http: httpx.AsyncClient, worker: ScriptedWorker
 ) -> None:

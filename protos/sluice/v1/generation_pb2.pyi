@@ -1708,20 +1708,28 @@ class TokenizeRequest(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     PROMPT_FIELD_NUMBER: builtins.int
+    CALLER_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name or alias of the served model. Unset: the served model."""
     @property
     def prompt(self) -> Global___Prompt:
         """As in GenerateRequest; token ids are refused. Required."""
 
+    @property
+    def caller(self) -> Global___Caller:
+        """Whose call it is. Of one key_id at most half of the calls that may be under way are, nor more than its
+        max_concurrent; the rest of the caller changes nothing here. Unset: nobody's in particular.
+        """
+
     def __init__(
         self,
         *,
         model: builtins.str | None = ...,
         prompt: Global___Prompt | None = ...,
+        caller: Global___Caller | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_model", b"_model", "model", b"model", "prompt", b"prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_model", b"_model", "model", b"model", "prompt", b"prompt"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_model", b"_model", "caller", b"caller", "model", b"model", "prompt", b"prompt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_model", b"_model", "caller", b"caller", "model", b"model", "prompt", b"prompt"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_model", b"_model"]) -> typing.Literal["model"] | None: ...
 
 Global___TokenizeRequest: typing_extensions.TypeAlias = TokenizeRequest
@@ -1765,6 +1773,7 @@ class DetokenizeRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     KEEP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
+    CALLER_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name or alias of the served model. Unset: the served model."""
     keep_special_tokens: builtins.bool
@@ -1773,15 +1782,20 @@ class DetokenizeRequest(google.protobuf.message.Message):
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Each below the vocabulary size."""
 
+    @property
+    def caller(self) -> Global___Caller:
+        """As in TokenizeRequest."""
+
     def __init__(
         self,
         *,
         model: builtins.str | None = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         keep_special_tokens: builtins.bool | None = ...,
+        caller: Global___Caller | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_keep_special_tokens", b"_keep_special_tokens", "_model", b"_model", "keep_special_tokens", b"keep_special_tokens", "model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_keep_special_tokens", b"_keep_special_tokens", "_model", b"_model", "keep_special_tokens", b"keep_special_tokens", "model", b"model", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_keep_special_tokens", b"_keep_special_tokens", "_model", b"_model", "caller", b"caller", "keep_special_tokens", b"keep_special_tokens", "model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_keep_special_tokens", b"_keep_special_tokens", "_model", b"_model", "caller", b"caller", "keep_special_tokens", b"keep_special_tokens", "model", b"model", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_keep_special_tokens", b"_keep_special_tokens"]) -> typing.Literal["keep_special_tokens"] | None: ...
     @typing.overload
