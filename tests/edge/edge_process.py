@@ -71,7 +71,7 @@ class EdgeProcess:
 
 @contextlib.asynccontextmanager
 async def running_edge(
-    worker: str, *, folder: Path | None = None, **settings: object
+    worker: str, folder: Path | None = None, /, **settings: object
 ) -> AsyncIterator[EdgeProcess]:
     """An edge with these settings, from listening to gone. Its code is that of the folder, if there is one."""
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]

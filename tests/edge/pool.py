@@ -35,7 +35,7 @@ async def running_pool(count: int, **settings: object) -> AsyncIterator[Pool]:
             stack.push_async_callback(server.stop, 0)
             ports.append(port)
         target = ",".join(f"127.0.0.1:{port}" for port in ports)
-        edge = await stack.enter_async_context(running_edge(target, folder=None, **settings))
+        edge = await stack.enter_async_context(running_edge(target, **settings))
         http = await stack.enter_async_context(
             httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False)
         )

@@ -56,9 +56,7 @@ async def new_edge(
     text = text.replace("    anthropic,\n", "    anthropic,\n    lines_dialect,\n", 1)
     table.write_text(text)
     keys = line_of(ApiKey("tests", (digest_of("secret"),)))
-    async with running_edge(
-        shared_worker[1], folder=folder, api_keys=keys, max_body_bytes=LIMIT
-    ) as edge:
+    async with running_edge(shared_worker[1], folder, api_keys=keys, max_body_bytes=LIMIT) as edge:
         yield edge
 
 
