@@ -19,6 +19,7 @@ from edge.dialects import (
     responses_endpoints,
     responses_schema,
 )
+from edge.dialects.anthropic_endpoints import CountTokens
 from edge.dialects.dialect import ParsedRequest, PromptLimits
 from edge.dialects.tgi_endpoints import TgiEndpoints
 from edge.dialects.triton_endpoints import TritonEndpoints
@@ -83,7 +84,7 @@ def operations(
         ),
         *_responses_operations(generate, responses_endpoints.ResponsesEndpoints(workers)),
         *_native_operations(generate, info),
-        *_anthropic_operations(generate, anthropic.CountTokens(workers, PromptLimits.of(settings))),
+        *_anthropic_operations(generate, CountTokens(workers, PromptLimits.of(settings))),
         *tgi.operations(generate, TgiEndpoints(workers, PromptLimits.of(settings))),
         *ai_sdk.operations(generate),
         *socket.operations(SocketEndpoint(workers, drain, settings, gate)),
@@ -195,9 +196,7 @@ def _native_operations(generate: Generate, info: InfoEndpoints) -> list[Operatio
     ]
 
 
-def _anthropic_operations(
-    generate: Generate, count_tokens: anthropic.CountTokens
-) -> list[Operation]:
+def _anthropic_operations(generate: Generate, count_tokens: CountTokens) -> list[Operation]:
     events: dict[str, type[BaseModel]] = {
         "message_start": anthropic_schema.AnthropicMessageStart,
         "ping": anthropic_schema.AnthropicPing,

@@ -1,10 +1,9 @@
-"""Anthropic's POST /v1/messages and /v1/messages/count_tokens."""
+"""Anthropic's POST /v1/messages."""
 
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from edge.dialects.anthropic_schema import (
@@ -21,12 +20,7 @@ from edge.dialects.common import field_names, new_id
 from edge.dialects.dialect import ParsedRequest, PromptLimits, StreamEncoder
 from edge.dialects.schema import validate
 from edge.errors import EdgeError, from_finish, invalid_request, server_error
-from edge.gate import caller_of
-from edge.info_endpoints import json_response
 from edge.json_codec import decode, encode
-from edge.request_body import read_parsed
-from edge.request_log import record_of
-from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
 
 _STOP_REASONS: Final = {
@@ -74,7 +68,7 @@ def parse(body: Mapping[str, Any], limits: PromptLimits) -> ParsedRequest:  # no
     message = pb.GenerateRequest(
         request_id=generation_id,
         model=request.model,
-        prompt=pb.Prompt(chat=_chat(request)),
+        prompt=pb.Prompt(chat=to_chat(request)),
         sampling=pb.Sampling(
             temperature=request.temperature, top_p=request.top_p, top_k=request.top_k or None
         ),
@@ -103,33 +97,6 @@ def refuse(error: EdgeError, request_id: str = "") -> Response:
     )
 
 
-class CountTokens:
-    """POST /v1/messages/count_tokens."""
-
-    def __init__(self, workers: WorkerPool, limits: PromptLimits) -> None:
-        self._workers = workers
-        self._limits = limits
-
-    async def answer(self, request: Request) -> Response:
-        """The length of the prompt that the messages make."""
-        try:
-            asked = await read_parsed(request, self._limits, _to_count)
-            if (caller := caller_of(request.scope)) is not None:
-                asked.caller.CopyFrom(caller)
-            answer = await self._workers.tokenize(asked)
-        except EdgeError as error:
-            error.rename_param(NAMES)
-            record = record_of(request.scope)
-            record.error(error)
-            return refuse(error, record.request_id)
-        return json_response({"input_tokens": len(answer.token_ids)})
-
-
-def _to_count(fields: Mapping[str, Any]) -> pb.TokenizeRequest:
-    body = validate(AnthropicFields, fields)
-    return pb.TokenizeRequest(model=body.model, prompt=pb.Prompt(chat=_chat(body)))
-
-
 def _error(error: EdgeError, status: int, request_id: str) -> bytes:
     kind = _ERROR_TYPES.get(status)
     if kind is None:
@@ -140,7 +107,7 @@ def _error(error: EdgeError, status: int, request_id: str) -> bytes:
     return encode({"type": "error", "error": detail, "request_id": request_id})
 
 
-def _chat(request: AnthropicFields) -> pb.Chat:
+def to_chat(request: AnthropicFields) -> pb.Chat:
     messages: list[pb.ChatMessage] = []
     if request.system is not None:
         system = _text(request.system)

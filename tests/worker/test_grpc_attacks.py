@@ -167,7 +167,7 @@ async def get_load(channel: grpc.aio.Channel) -> pb.GetLoadResponse:
 
 async def test_connections_beyond_the_limit_are_closed_until_silent_ones_time_out() -> None:
     async with (
-        serve_script(max_connections=3, handshake_seconds=2, **SLOW) as worker,
+        serve_script(max_connections=3, handshake_seconds=6, **SLOW) as worker,
         witnessed(worker),
         RawHttp2(worker.address, hello=b"") as silent,
         RawHttp2(worker.address, hello=b"PRI * HT") as slow,
