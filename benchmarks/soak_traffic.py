@@ -146,13 +146,17 @@ class Client:
             if not known.text.startswith("".join(text)):
                 raise Wrong("another text")
             return "aborted, and right so far"
-        # its end was under way, or it went on elsewhere, whether it was just aborted or could not be found for a moment
-        if reason != "length" or not (
-            outcome in ("", "already_finished") or self._losses.was_one_since(opened)
-        ):
+        # its end was under way, if only in the step that the abort came in; or it went on elsewhere, whether it was
+        # just aborted or could not be found for a moment
+        is_known = outcome in ("", "aborted", "already_finished")
+        if reason != "length" or not (is_known or self._losses.was_one_since(opened)):
             raise Wrong(f"finish reason {reason}, though the abort was answered {outcome!r}")
         compare("".join(text), known.text)
-        return "whole and right"
+        return (
+            "ended by itself in the step of its abort"
+            if outcome == "aborted"
+            else "whole and right"
+        )
 
     async def _delete(self, name: str, opened: float) -> str:
         call = await Call.begin(self._port, delete(f"/v1/streams/{name}"))

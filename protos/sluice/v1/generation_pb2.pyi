@@ -154,7 +154,9 @@ class _AbortOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     ABORT_OUTCOME_UNSPECIFIED: _AbortOutcome.ValueType  # 0
     """Never sent."""
     ABORT_OUTCOME_ABORTED: _AbortOutcome.ValueType  # 1
-    """The request waited, ran or was parked, and ends now with FINISH_REASON_CANCELLED."""
+    """The request waited, ran or was parked, and ends now: with FINISH_REASON_CANCELLED, or by itself in the step that was
+    under way.
+    """
     ABORT_OUTCOME_ALREADY_FINISHED: _AbortOutcome.ValueType  # 2
     """It had already ended."""
     ABORT_OUTCOME_UNKNOWN: _AbortOutcome.ValueType  # 3
@@ -166,7 +168,9 @@ class AbortOutcome(_AbortOutcome, metaclass=_AbortOutcomeEnumTypeWrapper):
 ABORT_OUTCOME_UNSPECIFIED: AbortOutcome.ValueType  # 0
 """Never sent."""
 ABORT_OUTCOME_ABORTED: AbortOutcome.ValueType  # 1
-"""The request waited, ran or was parked, and ends now with FINISH_REASON_CANCELLED."""
+"""The request waited, ran or was parked, and ends now: with FINISH_REASON_CANCELLED, or by itself in the step that was
+under way.
+"""
 ABORT_OUTCOME_ALREADY_FINISHED: AbortOutcome.ValueType  # 2
 """It had already ended."""
 ABORT_OUTCOME_UNKNOWN: AbortOutcome.ValueType  # 3
