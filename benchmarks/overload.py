@@ -57,6 +57,7 @@ _UNBOUNDED: Final = 10**6
 _NO_EDGE_LIMITS: Final[dict[str, float]] = {
     "max_connections": _UNBOUNDED,
     "max_connections_per_address": _UNBOUNDED,
+    "request_timeout_seconds": 86_400,  # a queue of ten minutes is within it
 }
 _NO_WORKER_LIMITS: Final[dict[str, float]] = {
     "max_waiting": _UNBOUNDED,
