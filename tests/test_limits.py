@@ -28,8 +28,11 @@ TESTS: dict[tuple[str, str], str] = {
     ("edge", "max_query_parameters"): HTTP_LIMITS,
     ("edge", "max_header_bytes"): HTTP_LIMITS,
     ("edge", "max_headers"): HTTP_LIMITS,
-    ("edge", "max_socket_fragments"): "edge/test_socket.py::test_a_message_of_too_many_pieces",
-    ("edge", "socket_idle_seconds"): "edge/test_socket.py::test_an_idle_socket_is_closed",
+    (
+        "edge",
+        "max_socket_fragments",
+    ): "edge/test_socket_limits.py::test_a_message_of_too_many_pieces",
+    ("edge", "socket_idle_seconds"): "edge/test_socket_limits.py::test_an_idle_socket_is_closed",
     ("edge", "read_timeout_seconds"): "edge/test_limits.py::test_a_request_that_never_ends_is",
     ("edge", "send_timeout_seconds"): "edge/test_disconnect.py::test_a_reader_that_stops_reading",
     ("edge", "request_timeout_seconds"): "edge/test_error_table.py::test_the_deadline_of_the_edge",

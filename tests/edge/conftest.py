@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from pytest_asyncio import is_async_test
 
+from tests.edge.certificates import certificates
 from tests.edge.fixtures import edge, http, shared_edge, shared_worker, target, worker
 
-__all__ = ["edge", "http", "shared_edge", "shared_worker", "target", "worker"]
+__all__ = ["certificates", "edge", "http", "shared_edge", "shared_worker", "target", "worker"]
 
 _HERE = Path(__file__).parent
 

@@ -13,10 +13,10 @@ from websockets.exceptions import InvalidStatus
 
 from edge.api_keys import ApiKey, digest_of, line_of
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
+from tests.edge.key_holders import ALICE, BOB, CAROL, KEYS, LINES, bearer, hang_up
 from tests.edge.pool import until
 from tests.edge.scripted_worker import ScriptedWorker
-from tests.edge.test_api_keys import ALICE, BOB, CAROL, KEYS, LINES, bearer, hang_up
-from tests.edge.test_socket import Client, url
+from tests.edge.socket_client import Client, url
 
 OLD, NEW = "sluice_old", "sluice_new"
 
