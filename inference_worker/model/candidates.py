@@ -42,7 +42,7 @@ def draw_from_candidates(
     with np.errstate(over="ignore", invalid="ignore"):
         scores = (found.logits[:, :width] - found.peaks[:, None]) / temperatures[:, None]
     scores[is_open] = -np.inf
-    needs_mass = ~is_open & wanted.has_mass
+    needs_mass = ~is_open & (wanted.share > 0)
     least, is_certain = _last_survivors(scores, found.masses, truncation, needs_mass)
     tokens = _pick(scores, found.ids[:, :width], least, u)
     return tokens, ~is_open & (is_certain | found.is_floor), found.peaks
@@ -57,7 +57,8 @@ def _wanted(vocabulary: int, temperatures: Floats, truncation: Truncation) -> Wa
     with np.errstate(divide="ignore", invalid="ignore"):
         depth = np.where(has_floor, temperatures * -np.log(truncation.min_p), np.inf)
     first[(first > NUM_GROUPS // 2) | ((first == 0) & ~has_floor)] = -1
-    return Wanted(first, depth, (first >= 0) & ~has_top_k & (truncation.top_p < 1))
+    needs_mass = (first >= 0) & ~has_top_k & (truncation.top_p < 1)
+    return Wanted(first, depth, np.where(needs_mass, truncation.top_p, 0.0))
 
 
 def _last_survivors(

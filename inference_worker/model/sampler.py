@@ -21,7 +21,6 @@ from inference_worker.model.scans import NUMPY, Scans
 from inference_worker.model.scores import Scores
 from inference_worker.model.transfer import Download, upload
 from inference_worker.model.truncation import Truncation, thresholds
-from inference_worker.model.whole_rows import draw_from_whole_rows
 
 # Least and greatest temperature that float32 can divide by; beyond them sampling is greedy or uniform anyway.
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-37, 1e37
@@ -207,13 +206,9 @@ def draw_on_cpu(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Token ids and greatest logits [rows]. How a row is drawn follows from that row alone, so it draws the same in any
     batch."""
-    is_narrow = truncation.is_narrow(logits.shape[1])
     tokens, is_certain, peaks = draw_from_candidates(logits, temperatures, truncation, u, scans)
-    if (whole := ~is_narrow).any():
-        drawn = scans.draw_untruncated(logits, peaks, temperatures, u, whole)
-        tokens[whole] = drawn[whole]
-    if (left := is_narrow & ~is_certain).any():
-        drawn = draw_from_whole_rows(logits, peaks, temperatures, truncation, u, left)
+    if (left := ~is_certain).any():
+        drawn = scans.draw_from_rows(logits, peaks, temperatures, truncation, u, left)
         tokens[left] = drawn[left]
     return tokens, peaks
 

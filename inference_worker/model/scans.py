@@ -12,6 +12,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from inference_worker.model.truncation import Truncation
 from inference_worker.model.whole_rows import draw_from_whole_rows, masses
 
 Floats = npt.NDArray[np.float32]
@@ -31,7 +32,7 @@ class Wanted:
 
     first: Integers  # that of the greatest logits of groups, first-th from above; 0 for none, -1 for no candidates
     depth: Doubles  # how far below the row's greatest logit the floor lies, infinite for none
-    has_mass: Booleans  # whether the sum of all weights is needed too
+    share: Doubles  # of the sum of all weights that the candidates must have; 0 where that sum is not needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Survey:
 
     peaks: Floats  # the greatest logits; not finite where a row is no distribution, of which nothing else is found
     is_floor: Booleans  # whether candidates begin at the floor
-    counts: Integers  # of all candidates; a row that has more than were asked for may lack them
+    counts: Integers  # of all candidates; 0 where they surely lack their share; of more than asked for none may be kept
     ids: Integers  # [rows, width] of candidates, ascending, and behind them what is none
     logits: Floats  # [rows, width] of candidates, and minus infinity behind them
     masses: Doubles  # sums of e to the (logit - peak) / temperature; 0 where not wanted
@@ -53,10 +54,16 @@ class Scans(Protocol):
         """Find what is wanted of each row, and candidates of those that have no more than `most`."""
         ...
 
-    def draw_untruncated(
-        self, logits: Floats, peaks: Floats, temperatures: Floats, u: Doubles, wanted: Booleans
+    def draw_from_rows(
+        self,
+        logits: Floats,
+        peaks: Floats,
+        temperatures: Floats,
+        truncation: Truncation,
+        u: Doubles,
+        wanted: Booleans,
     ) -> Integers:
-        """Token ids [rows] of the wanted rows [rows] that have a finite peak, all tokens taking part; 0 of others."""
+        """Token ids [rows] of the wanted rows [rows] that have a finite peak, all tokens weighed; 0 of others."""
         ...
 
 
@@ -81,14 +88,20 @@ class _NumpyScans:
         ids[row, place] = token_id
         values = np.full(ids.shape, -np.inf, dtype=np.float32)
         values[row, place] = logits[row, token_id]
-        has_mass = wanted.has_mass & np.isfinite(bounds)
+        has_mass = (wanted.share > 0) & np.isfinite(bounds)
         mass = masses(logits, peaks, temperatures, has_mass)
         return Survey(peaks, is_floor, counts, ids, values, mass)
 
-    def draw_untruncated(
-        self, logits: Floats, peaks: Floats, temperatures: Floats, u: Doubles, wanted: Booleans
+    def draw_from_rows(
+        self,
+        logits: Floats,
+        peaks: Floats,
+        temperatures: Floats,
+        truncation: Truncation,
+        u: Doubles,
+        wanted: Booleans,
     ) -> Integers:
-        return draw_from_whole_rows(logits, peaks, temperatures, None, u, wanted)
+        return draw_from_whole_rows(logits, peaks, temperatures, truncation, u, wanted)
 
 
 NUMPY: Final[Scans] = _NumpyScans()

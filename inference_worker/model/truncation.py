@@ -20,13 +20,6 @@ class Truncation:
     top_p: npt.NDArray[np.float64]  # 1 where off
     min_p: npt.NDArray[np.float64]  # 0 where off
 
-    def is_narrow(self, vocabulary: int) -> npt.NDArray[np.bool_]:
-        """Whether anything is on [rows]."""
-        narrow: npt.NDArray[np.bool_] = (
-            (self.top_k < vocabulary) | (self.top_p < 1) | (self.min_p > 0)
-        )
-        return narrow
-
 
 def thresholds(
     scores: torch.Tensor, weights: torch.Tensor, truncation: Truncation

@@ -28,14 +28,14 @@ def draw_from_whole_rows(
     logits: Floats,
     peaks: Floats,
     temperatures: Floats,
-    truncation: Truncation | None,
+    truncation: Truncation,
     u: npt.NDArray[np.float64],
     wanted: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int64]:
     """Token ids [rows] of the wanted rows [rows]; 0 of the others, and of those whose peak is not finite.
 
     `logits` [rows, vocabulary], of which `peaks` [rows] are the greatest; `temperatures` [rows] are above 0; `u` [rows]
-    are uniform numbers in [0, 1). Without a truncation all tokens take part.
+    are uniform numbers in [0, 1).
     """
     vocabulary = logits.shape[1]
     tokens = np.zeros(len(logits), dtype=np.int64)
@@ -45,8 +45,8 @@ def draw_from_whole_rows(
     with np.errstate(over="ignore"):  # see _weigh
         for row in np.flatnonzero(wanted & np.isfinite(peaks)).tolist():
             _weigh(logits[row], peaks[row], temperatures[row], scores, weights)
-            if truncation is not None:
-                weights[scores < _last_survivor(scores, weights, truncation, row)] = 0
+            if (least := _last_survivor(scores, weights, truncation, row)) > -math.inf:
+                weights[scores < least] = 0
             tokens[row] = _invert(groups, float(u[row]))
     return tokens
 

@@ -41,10 +41,10 @@ class NativeLibrary:
         self.stop_pool: Any = library.stop_pool
         self.stop_pool.argtypes, self.stop_pool.restype = [c_void_p], None
         self.survey: Any = library.survey
-        self.survey.argtypes, self.survey.restype = [*[c_int64] * 3, *[c_void_p] * 11], c_int64
-        self.draw_untruncated: Any = library.draw_untruncated
-        self.draw_untruncated.argtypes = [c_int64, c_int64, *[c_void_p] * 7]
-        self.draw_untruncated.restype = None
+        self.survey.argtypes, self.survey.restype = [*[c_int64] * 3, *[c_void_p] * 13], c_int64
+        self.draw_from_rows: Any = library.draw_from_rows
+        self.draw_from_rows.argtypes = [c_int64, c_int64, *[c_void_p] * 12]
+        self.draw_from_rows.restype = None
 
 
 class _Unsafe(Exception):

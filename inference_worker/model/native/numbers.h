@@ -88,6 +88,18 @@ INLINE uint32_t lanes_from(vector x, float bound) {
 #endif
 }
 
+/* Writes the lanes whose bit is set, one after the other, and LANES numbers at most; how many there are. */
+INLINE int64_t put_lanes(float *p, vector x, uint32_t bits) {
+#ifdef __AVX512F__
+    put(p, (vector)_mm512_maskz_compress_ps((__mmask16)bits, (__m512)x)); /* without a branch to predict */
+    return __builtin_popcount(bits);
+#else
+    int64_t count = 0;
+    for (; bits; bits &= bits - 1) p[count++] = x[__builtin_ctz(bits)];
+    return count;
+#endif
+}
+
 /* Lane i of the four is the sum of lanes i, i + 4, i + 8 and i + 12, in halves. */
 INLINE four fold(vector x) {
     union { vector whole; eight half[2]; } a = {x};
