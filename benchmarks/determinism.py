@@ -8,6 +8,7 @@ within a repetition. Tokens are greedy and of a fixed number, after prompts of a
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
@@ -32,13 +33,13 @@ class Plan:
     concurrency: tuple[int, ...] = (1, 8, 32)
     prompt_tokens: int = 16
     new_tokens: int = 8
-    repetitions: int = 2
+    repetitions: int = 3
 
 
-def measure(plan: Plan, folder: Path, weights: str, table: Table) -> None:
-    """Add a row for each number of prompts at once."""
-    plain = Sluice(folder, weights, threads=1)
-    steady = Sluice(folder, weights, threads=1, deterministic=True)
+def measure(plan: Plan, folder: Path, weights: str, table: Table, *, native: bool) -> None:
+    """Add a row for each number of prompts at once, with steps in C (`native`) or in torch."""
+    plain = Sluice(folder, weights, threads=1, native=native)
+    steady = Sluice(folder, weights, threads=1, native=native, deterministic=True)
     for concurrency in plan.concurrency:
         figures: list[tuple[float, float]] = []
         for repetition in range(-1, plan.repetitions):  # the first one warms up
@@ -52,6 +53,7 @@ def measure(plan: Plan, folder: Path, weights: str, table: Table) -> None:
                 figures.append((speeds[0], speeds[1]))
         table.rows.append(
             (
+                "C" if native else "torch",
                 weights,
                 str(concurrency),
                 spread([without for without, _ in figures], 0),
@@ -68,15 +70,16 @@ def report(plan: Plan) -> Report:
     load = os.getloadavg()[0]
     torch.set_num_threads(1)
     columns = ("without: tokens/CPU s", "--deterministic: tokens/CPU s", "ratio")
-    table = Table(("Weights", "At once", *columns), labels=2)
+    table = Table(("Steps in", "Weights", "At once", *columns), labels=3)
     with tempfile.TemporaryDirectory() as folder:
         write_random_llama(Path(folder), plan.shape)
-        for weights in plan.weights:
-            measure(plan, Path(folder), weights, table)
+        for native, weights in itertools.product((True, False), plan.weights):
+            measure(plan, Path(folder), weights, table, native=native)
     introduction = (
         f"The engine with and without --deterministic on the {plan.shape}: {plan.prompt_tokens} prompt tokens, "
         f"{plan.new_tokens} new ones, prefill included; one torch thread, CPU time, {plan.repetitions} repetitions in "
-        "turns: median (lowest–highest). Steps in C, where they serve, are equal for any batch by themselves; in torch "
+        "turns: median (lowest–highest). Steps in C, which serve on a CPU with a compiler, are equal for any batch by "
+        "themselves; in torch "
         "a step of one sequence computes eight rows for its one, and attention goes token by token in prefill too."
     )
     return Report("Determinism", (introduction, str(table)), load)
