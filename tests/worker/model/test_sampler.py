@@ -26,13 +26,12 @@ from inference_worker.engine.request import OutputParams, SamplingParams
 from inference_worker.engine.sequence import Sequence
 from inference_worker.model import sampler
 from inference_worker.model.candidates import draw_from_candidates
-from inference_worker.model.native.compiler import CannotCompile
-from inference_worker.model.native.library import NotSuited, load_library
 from inference_worker.model.native.scans import NativeScans
 from inference_worker.model.randomness import uniforms
 from inference_worker.model.sampler import BadLogits, SamplingFailed
 from inference_worker.model.scans import NUMPY, Scans, Wanted
 from inference_worker.model.truncation import Truncation
+from tests.worker.model.c_library import c_library
 from tests.worker.model.driver import new_sequence
 
 VOCABULARY = 700  # more than two groups of the inverse CDF, and no multiple of one
@@ -46,10 +45,7 @@ def scans(request: pytest.FixtureRequest) -> Iterator[Scans]:
     """What every test here goes through the logits with."""
     global _scans
     if request.param == "C":
-        try:
-            _scans = NativeScans(load_library("float32"))
-        except (CannotCompile, NotSuited) as error:
-            pytest.skip(str(error))
+        _scans = NativeScans(c_library())
     yield _scans
     _scans = NUMPY
 
