@@ -190,7 +190,8 @@ class EdgeSettings(BaseSettings):
         ge=0,
         le=86400,
         description="How long a stream may be resumed after its reader went away, and after its end, where the"
-        " request does not say: GET /v1/streams and /v1/responses. 0 is not at all. Workers have limits of their own.",
+        " request does not say: GET /v1/streams, /v1/responses and /api/chat. 0 is not at all. Workers have limits of"
+        " their own.",
         json_schema_extra=unit("seconds"),
     )
     request_timeout_seconds: float = Field(
