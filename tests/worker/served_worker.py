@@ -13,8 +13,8 @@ import grpc.aio
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from inference_worker.scripted_model import ScriptedSettings, load_script
-from inference_worker.served_model import Served
+from inference_worker.scripted_model import ScriptedRunner, ScriptedSettings, load_script
+from inference_worker.served_model import Served, ServedModel
 from inference_worker.server import Server
 from inference_worker.settings import WorkerSettings
 from inference_worker.worker import Worker
@@ -43,6 +43,13 @@ class ServedWorker:
     @property
     def address(self) -> str:
         return self.server.address
+
+    def set_pace(self, milliseconds: float) -> None:
+        """How long a step of the scripted model takes from now on."""
+        assert isinstance(self.served, ServedModel)
+        runner = self.served.runner
+        assert isinstance(runner, ScriptedRunner)
+        runner._settings = runner._settings.model_copy(update={"step_milliseconds": milliseconds})
 
     async def load(self) -> pb.GetLoadResponse:
         return await self.stub.GetLoad(pb.GetLoadRequest())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 import jsonschema
 import pytest
 
+from inference_worker.grammar.trial import Trial
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.grammar.hostile import ENDLESS
 from tests.worker.served_worker import (
     ServedWorker,
@@ -206,20 +209,35 @@ async def test_what_takes_too_long_at_its_tokens_fails_alone() -> None:
         assert reasons(await free) == ["LENGTH"]
 
 
-async def test_a_caller_who_leaves_while_it_compiles_leaves_nothing() -> None:
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Whatever is compiled takes until the test is over; the event tells that it has begun."""
+    has_begun, is_over = threading.Event(), threading.Event()
+
+    def run(_trial: Trial, _grammar: str) -> str:
+        has_begun.set()
+        is_over.wait(2 * PATIENCE)
+        return "it is over"
+
+    monkeypatch.setattr(Trial, "run", run)
+    yield has_begun
+    is_over.set()
+
+
+async def test_a_caller_who_leaves_while_it_compiles_leaves_nothing(
+    compiling: threading.Event,
+) -> None:
     async with serve_script() as worker:
-        hostile = worker.stub.Generate(
-            generate_request(**_constrained(next(iter(ENDLESS.values())).text))
-        )
-        await worker.wait_for(requests=1)
-        hostile.cancel()
+        leaving = worker.stub.Generate(generate_request(constraint=pb.Constraint(regex="a+")))
+        assert await asyncio.to_thread(compiling.wait, PATIENCE)
+        leaving.cancel()
         await worker.wait_idle()
 
 
-async def test_an_abort_while_it_compiles_is_told() -> None:
+async def test_an_abort_while_it_compiles_is_told(compiling: threading.Event) -> None:
     async with serve_script() as worker:
-        fields = _constrained(next(iter(ENDLESS.values())).text)
+        fields: dict[str, Any] = {"constraint": pb.Constraint(regex="a+")}
         stream = asyncio.create_task(worker.generate(request_id="gone", n=2, **fields))
-        await worker.wait_for(requests=1)
+        assert await asyncio.to_thread(compiling.wait, PATIENCE)
         await worker.stub.Abort(pb.AbortRequest(request_id="gone"))
         assert reasons(await stream) == ["CANCELLED", "CANCELLED"]

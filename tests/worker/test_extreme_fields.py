@@ -12,6 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     Refusal,
     ServedWorker,
@@ -22,7 +23,6 @@ from tests.worker.served_worker import (
 )
 
 Path: TypeAlias = tuple[FieldDescriptor, ...]
-PATIENCE = 30.0
 MODULES = (pb, duration_pb2, struct_pb2)
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 CODE = grpc.StatusCode

@@ -247,9 +247,13 @@ async def test_a_silent_stream_sends_heartbeats() -> None:
 async def test_tokens_without_a_message_are_silence_too() -> None:
     stopping = pb.Stopping(stop_sequences=["a" * 1000 + "b"])  # holds every "a" back
     async with serve_script(text="a", step_milliseconds=10, heartbeat_seconds=0.1) as worker:
-        messages = await worker.generate(max_tokens=60, stopping=stopping)
-    assert kinds(messages)[1] == "heartbeat"
-    assert texts(messages) == {0: "a" * 60}
+        request = generate_request(request_id="r", max_tokens=900, stopping=stopping)
+        call = worker.stub.Generate(request)
+        messages = await read_until(call, "heartbeat")
+        assert kinds(messages) == ["started", "heartbeat"]
+        await worker.stub.Abort(pb.AbortRequest(request_id="r"))
+        messages += await read_rest(call)
+    assert texts(messages) == {0: "a" * messages[-1].finished.completion_tokens}
 
 
 async def test_heartbeats_come_in_the_queue_too() -> None:

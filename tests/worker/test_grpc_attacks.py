@@ -15,6 +15,7 @@ import pytest
 
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
+from tests.patience import PATIENCE
 from tests.worker import raw_http2 as h2
 from tests.worker.raw_http2 import RawHttp2, call_headers, frame, header
 from tests.worker.served_worker import (
@@ -25,7 +26,6 @@ from tests.worker.served_worker import (
     serve_script,
 )
 
-PATIENCE = 30.0
 SLOW: dict[str, Any] = {"step_milliseconds": 20}  # a stream of 4000 tokens outlasts every attack
 CANCEL = struct.pack(">I", 8)
 

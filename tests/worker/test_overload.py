@@ -51,7 +51,7 @@ async def test_the_token_budget() -> None:
 
 
 async def test_the_budget_of_kv_blocks() -> None:
-    settings = {"max_running": 1, "max_waiting_kv": 1, "blocks": 8, "step_milliseconds": 5}
+    settings = {"max_running": 1, "max_waiting_kv": 1, "blocks": 8, "step_milliseconds": 100}
     async with serve_script(**settings, block_size=16) as worker:
         running = worker.stub.Generate(generate_request(ids=[5] * 16, max_tokens=100))
         await read_until(running, "delta")

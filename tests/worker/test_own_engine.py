@@ -253,8 +253,7 @@ async def test_an_engine_that_ignores_its_cancellation_holds_nobody_up() -> None
 
 async def test_max_running_bounds_the_generators_and_the_queue_is_told() -> None:
     async with own_worker(max_running=2, max_waiting=1) as own:
-        running = [own.stub.Generate(generate_request(text="endless", max_tokens=200))]
-        running.append(own.stub.Generate(generate_request(text="endless", max_tokens=200)))
+        running = [own.stub.Generate(generate_request(text="slow", max_tokens=200)) for _ in "ab"]
         for call in running:
             await read_until(call, "delta")
         waiting = own.stub.Generate(generate_request(text="say x"))

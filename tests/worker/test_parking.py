@@ -27,6 +27,7 @@ from inference_worker.served_model import ServedModel
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.metrics_text import Scrape
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     Call,
     ServedWorker,
@@ -51,7 +52,8 @@ from tests.worker.test_continuation import (
 )
 from tests.worker.test_resume import ENDLESS, SLOW, begin, numbers, resume, window
 
-PATIENCE = 60  # seconds; a park takes one step
+# Milliseconds of a step: what is to be left before its end takes seconds, and then `set_pace(0)` ends it at once.
+LEISURELY = 50
 
 
 def parking(seconds: float = 60, **fields: Any) -> pb.GenerateRequest:
@@ -77,9 +79,10 @@ async def parked(worker: ServedWorker, call: Call, count: int = 1) -> None:
 
 async def test_who_goes_away_frees_the_memory_and_finds_the_rest() -> None:
     wanted: dict[str, Any] = {"n": 2, "max_tokens": 60, "output": pb.Output(logprobs=2, echo=True)}
-    async with serve_script(**SLOW) as worker:
+    async with serve_script() as worker:
         uncut = StreamRecord().add(await worker.generate(**wanted))
         for cuts in (1, 3):
+            worker.set_pace(LEISURELY)
             call = worker.stub.Generate(parking(request_id="one", **wanted))
             read = await read_until(call, "started")
             assert read[0].started.while_unread == pb.WHILE_UNREAD_PARK
@@ -87,6 +90,7 @@ async def test_who_goes_away_frees_the_memory_and_finds_the_rest() -> None:
                 read += await read_until(call, "delta")
                 await parked(worker, call)
                 call = resume(worker, read[0].started.resume_id, read[-1].sequence_number)
+            worker.set_pace(0)
             read += await read_rest(call)
             assert numbers(read) == list(range(len(read)))
             assert_same(StreamRecord().add(read), uncut)
@@ -184,7 +188,8 @@ async def test_it_keeps_its_id_and_can_be_aborted() -> None:
             assert reasons(whole) == ["CANCELLED"] * 2
             counts = [each.finished.completion_tokens for each in whole[-2:]]
             assert whole[-1].finished.usage.completion_tokens == sum(counts) > 0
-            assert await abort(resume_id=name, forget=True)
+            forgotten = await abort(resume_id=name, forget=True)
+            assert forgotten == pb.ABORT_OUTCOME_ALREADY_FINISHED
             assert (await refusal_of(resume(worker, name, key="alice"))).code is (
                 grpc.StatusCode.NOT_FOUND
             )
@@ -226,7 +231,8 @@ async def test_an_abort_holds_whoever_leaves_before_it_is_done(
 
 
 async def test_what_finds_no_place_again_stays_parked() -> None:
-    async with serve_script(max_running=1, max_waiting=1, **SLOW) as worker:
+    async with serve_script(max_running=1, max_waiting=1) as worker:
+        worker.set_pace(LEISURELY)
         left = []
         for count in range(1, 5):
             call = worker.stub.Generate(parking(max_tokens=40))
@@ -246,6 +252,7 @@ async def test_what_finds_no_place_again_stays_parked() -> None:
         assert refusal.has_retry
         assert num_parked(worker) == 1
         blocker.cancel()
+        worker.set_pace(0)
         for call in waiting:
             assert reasons(await read_rest(call)) == ["LENGTH"]
         read = left[3] + await read_rest(resume(worker, *again[3]))
@@ -314,10 +321,12 @@ async def test_of_the_key_that_has_most_the_longest_parked_makes_way() -> None:
 
 
 async def test_a_draining_worker_goes_on_with_what_it_began() -> None:
-    async with serve_script(**SLOW) as worker:
+    async with serve_script() as worker:
+        worker.set_pace(LEISURELY)
         call = worker.stub.Generate(parking(max_tokens=40))
         read = await read_until(call, "delta")
         await parked(worker, call)
+        worker.set_pace(0)
         worker.worker.stop_admitting()
         rest = resume(worker, read[0].started.resume_id, read[-1].sequence_number)
         assert reasons(await read_rest(rest)) == ["LENGTH"]
@@ -362,11 +371,13 @@ async def test_a_deadline_in_the_queue_ends_it_with_what_it_has(
 
 
 async def test_token_ids_are_for_who_asked() -> None:
-    async with serve_script(**SLOW) as worker:
+    async with serve_script() as worker:
         for output in (pb.Output(), pb.Output(token_ids=True)):
+            worker.set_pace(LEISURELY)
             call = worker.stub.Generate(parking(max_tokens=40, output=output))
             read = await read_until(call, "delta")
             await parked(worker, call)
+            worker.set_pace(0)
             read += await read_rest(
                 resume(worker, read[0].started.resume_id, read[-1].sequence_number)
             )
@@ -394,8 +405,10 @@ async def test_bad_fields_are_named(request_: pb.GenerateRequest) -> None:
 
 async def test_what_another_worker_began_is_parked_too() -> None:
     request = parking(max_tokens=60, is_continuable=True, output=pb.Output(logprobs=1))
-    async with serve_script(**SLOW) as first, serve_script(**SLOW) as second:
+    async with serve_script() as first, serve_script() as second:
         uncut = StreamRecord().add(await read_rest(first.stub.Generate(request)))
+        for worker in (first, second):
+            worker.set_pace(LEISURELY)
         call = first.stub.Generate(request)
         read = await read_until(call, "delta")
         call.cancel()
@@ -407,6 +420,7 @@ async def test_what_another_worker_began_is_parked_too() -> None:
         header, *more = await read_until(call, "delta")
         assert header.started.resume_id == name
         await parked(second, call)
+        second.set_pace(0)
         more += await read_rest(resume(second, name, more[-1].sequence_number))
         assert numbers(read + more) == list(range(len(read + more)))
         joined = StreamRecord().add(read).add(more)

@@ -30,12 +30,13 @@ OWN = ("-m", "inference_worker", "--engine", "tests.worker.own_engines:Obedient"
 @pytest.mark.parametrize("engine", ["ours", "own"])
 async def test_a_step_that_hangs_ends_the_process_and_every_stream_is_told(engine: str) -> None:
     if engine == "ours":
-        program, where = (*SCRIPTED, "--hanging-seed", "13"), "scripted_model.py"
+        pace = ("--step-milliseconds", "5")
+        program, where = (*SCRIPTED, *pace, "--hanging-seed", "13"), "scripted_model.py"
         other = generate_request(max_tokens=4000)
         hanging = generate_request(sampling=pb.Sampling(seed=13), max_tokens=9)
     else:
         program, where = OWN, "own_engines.py"
-        other = generate_request(text="endless", max_tokens=200)
+        other = generate_request(text="slow", max_tokens=200)
         hanging = generate_request(text="hang", max_tokens=9)
     async with (
         ready_worker("--step-timeout-seconds", "2", program=program) as worker,

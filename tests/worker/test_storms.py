@@ -8,6 +8,7 @@ from typing import Any
 import grpc.aio
 
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.patience import PATIENCE
 from tests.worker.served_worker import (
     Call,
     Refusal,
@@ -19,7 +20,6 @@ from tests.worker.served_worker import (
 )
 from tests.worker.test_resume import begin, kept, numbers, resume, window
 
-PATIENCE = 60.0
 SLOW: dict[str, Any] = {"step_milliseconds": 20}
 STORM = 200
 

@@ -67,9 +67,9 @@ async def test_requests_run_together_and_end() -> None:
 
 async def test_a_slow_reader_gets_one_merged_delta() -> None:
     async with running(HashRunner(64, 4)) as thread:
-        stream = thread.submit(make_request("a", [1, 2], 50))
-        await until(lambda: thread.load.generated_tokens == 50 and thread.load.running == 0)
-        await asyncio.sleep(0.01)
+        heard: list[Event] = []
+        stream = thread.submit(make_request("a", [1, 2], 50), heard.append)
+        await until(lambda: bool(heard) and is_last(heard[-1]))
         events = await stream.next()
         assert [type(event).__name__ for event in events] == [
             "Started",
