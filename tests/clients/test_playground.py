@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from edge.api_keys import ApiKey, digest_of, line_of
-from tests.integration.stack import LoggedProcess, Stack, running_stack
+from tests.integration.stack import PATIENCE, LoggedProcess, Stack, running_stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -24,7 +25,7 @@ ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
-PATIENCE_MS = 60_000  # a loaded machine takes its time
+PATIENCE_MS = PATIENCE * 1000
 
 Page = Any
 STORY = "Tell me a short story"
@@ -103,17 +104,27 @@ def slow_visit(browser: Any, slow_stack: Stack) -> Iterator[Visit]:
         yield visit
 
 
-def test_an_answer_streams_and_its_figures_are_shown(visit: Visit) -> None:
+def test_an_answer_grows_on_the_page(slow_visit: Visit) -> None:
+    visit = slow_visit
+    visit.ask(STORY)
+    visit.page.wait_for_selector(".answer-body.writing:not(:empty)")
+    seen: list[str] = []
+    deadline = time.monotonic() + PATIENCE
+    while len(seen) < 4:
+        if (text := visit.answer()) not in seen:
+            seen.append(text)
+        assert time.monotonic() < deadline, seen
+        visit.page.wait_for_timeout(20)
+    assert seen == sorted(seen, key=len)
+    visit.page.keyboard.press("Escape")
+    visit.wait_written()
+
+
+def test_an_answers_figures_are_shown(visit: Visit) -> None:
     page = visit.page
-    page.evaluate(
-        """() => { window.lengths = new Set();
-        new MutationObserver(() => window.lengths.add(document.querySelector('.answer-body')?.innerText.length))
-          .observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-    )
     visit.ask(STORY)
     visit.wait_written()
     assert visit.answer().startswith("Once upon a time, there was a small river")
-    assert page.evaluate("window.lengths.size") > 4  # it grew on the page, piece by piece
     foot = page.locator(".foot").last.inner_text()
     assert re.search(r"\d+ tokens\s", foot)
     assert re.search(r"[\d.]+ tokens/s", foot)
@@ -350,7 +361,9 @@ def test_the_policy_stops_what_is_not_ours(visit: Visit) -> None:
         document.body.append(image);
         await fetch('https://evil.example/').catch(() => {});
         try { document.body.innerHTML = '<b>x</b>'; } catch { seen.push('innerHTML'); }
-        await new Promise((resolve) => setTimeout(resolve, 300));
+        const all = ['img-src', 'connect-src', 'innerHTML'];
+        for (let left = 600; left && !all.every((one) => seen.includes(one)); left--)
+          await new Promise((resolve) => setTimeout(resolve, 100));
         return { seen, hit: window.hit ?? 0 }; }"""
     )
     assert blocked["hit"] == 0

@@ -13,6 +13,7 @@ import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseFailedEvent
 
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.clients.contract import ENDLESS, occupied
 from tests.edge.edge_process import PATIENCE, EdgeProcess
 from tests.edge.scripted_worker import (
     ScriptedCall,
@@ -22,7 +23,7 @@ from tests.edge.scripted_worker import (
     hello,
     retry_in,
 )
-from tests.integration.stack import Stack, running_stack
+from tests.integration.stack import Stack
 
 COUNT = "Count to 10"
 ANSWER = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
@@ -42,15 +43,19 @@ class Colour(pydantic.BaseModel):
     count: int = pydantic.Field(ge=1, le=9)
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack({"max_running": 2, "max_waiting": 0}) as stack:
-        yield stack
+def client_of(stack: Stack) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(stack) as client:
+        yield client
+
+
+@pytest.fixture
+def slow_client(slow_stack: Stack) -> Iterator[openai.OpenAI]:
+    with client_of(slow_stack) as client:
         yield client
 
 
@@ -219,37 +224,34 @@ def test_each_refusal_is_its_own_exception(client: openai.OpenAI) -> None:
     assert bad.value.param == "text.format.schema"
 
 
-def test_overload_is_a_429(client: openai.OpenAI, stack: Stack) -> None:
-    hogs = [
-        client.responses.create(model="default", input=STORY, temperature=1.0, stream=True)
-        for _ in range(2)
-    ]
-    with pytest.raises(openai.RateLimitError) as refused:
-        client.responses.create(model="default", input=COUNT)
+def test_overload_is_a_429(slow_client: openai.OpenAI, slow_stack: Stack) -> None:
+    with occupied(slow_stack), pytest.raises(openai.RateLimitError) as refused:
+        slow_client.responses.create(model="default", input=COUNT)
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 5
-    for hog in hogs:
-        hog.close()
-    stack.wait_idle()
 
 
-def test_leaving_frees_the_sequence(client: openai.OpenAI, stack: Stack) -> None:
-    with client.responses.create(
-        model="default", input=STORY, stream=True, extra_body={"ignore_eos": True}
+def test_leaving_one_that_is_not_stored_frees_the_sequence(
+    slow_client: openai.OpenAI, slow_stack: Stack
+) -> None:
+    before = slow_stack.load().generated_tokens
+    with slow_client.responses.create(
+        model="default", input=STORY, stream=True, store=False, max_output_tokens=ENDLESS
     ) as stream:
         assert next(event for event in stream if event.type == "response.output_text.delta")
-        assert stack.load().running == 1
-    stack.wait_idle()
+        assert slow_stack.load().running == 1
+    slow_stack.wait_idle()
+    assert slow_stack.load().generated_tokens - before < ENDLESS, "it ended by itself"
 
 
 def test_cancelling_ends_the_stream_and_frees_the_sequence(
-    client: openai.OpenAI, stack: Stack
+    slow_client: openai.OpenAI, slow_stack: Stack
 ) -> None:
-    stream = client.responses.create(
-        model="default", input=STORY, stream=True, extra_body={"ignore_eos": True}
+    stream = slow_client.responses.create(
+        model="default", input=STORY, stream=True, max_output_tokens=ENDLESS
     )
     created = next(stream)
     assert created.type == "response.created"
-    assert client.responses.cancel(created.response.id).status == "cancelled"
+    assert slow_client.responses.cancel(created.response.id).status == "cancelled"
     events: list[Any] = []
 
     def read() -> None:
@@ -259,12 +261,12 @@ def test_cancelling_ends_the_stream_and_frees_the_sequence(
         read()
     assert events[-1].type == "response.failed"
     assert events[-1].response.status == "cancelled"
-    stack.wait_idle()
+    slow_stack.wait_idle()
     with pytest.raises(openai.BadRequestError) as ended:
-        client.responses.cancel(created.response.id)
+        slow_client.responses.cancel(created.response.id)
     assert ended.value.code == "already_finished"
     with pytest.raises(openai.NotFoundError):
-        client.responses.cancel("resp_unknown")
+        slow_client.responses.cancel("resp_unknown")
 
 
 async def test_the_asynchronous_client(stack: Stack) -> None:

@@ -214,12 +214,16 @@ async def test_a_stalled_reader_that_half_closes_is_dropped_at_once(
             await call.delta("x" * 1000)
 
     worker.script = script
+    client_id = fresh_id("stalled")
     async with RawClient(edge.port, receive_buffer=4096) as client:
-        await client.send(request_bytes(*REQUESTS["chat"]))
+        await client.send(request_bytes(*REQUESTS["chat"], x_request_id=client_id))
         await client.read_until(b"xxx")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # so that nothing flows any more, most likely
         client.socket.shutdown(socket.SHUT_WR)
         await assert_cancelled(worker, 1)
+    line = await edge.request_line(client_id)
+    assert line["status"] == 499
+    assert "finish" not in line, "for its half-close, not for having stopped to read"
 
 
 async def test_a_slow_request_is_cut_off(target: str) -> None:

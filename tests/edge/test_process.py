@@ -334,7 +334,7 @@ async def test_a_stalled_reader_does_not_hold_the_exit_up(
 
     worker.script = script
     async with (
-        running_edge(target, drain_seconds=0.1) as edge,
+        running_edge(target, drain_seconds=0.1, send_timeout_seconds=3600) as edge,
         RawClient(edge.port, receive_buffer=4096) as client,
     ):
         await client.send(request_bytes("/v1/chat/completions", CHAT))
@@ -347,12 +347,16 @@ async def test_a_stalled_reader_does_not_hold_the_exit_up(
 
 async def test_unready_seconds_come_before_refusing(target: str, worker: ScriptedWorker) -> None:
     async with (
-        running_edge(target, unready_seconds=2) as edge,
+        running_edge(target, unready_seconds=600) as edge,
         httpx.AsyncClient(base_url=edge.url, timeout=PATIENCE, trust_env=False) as http,
     ):
         await stop(edge)
         assert (await http.get("/ready")).status_code == 503
         assert (await http.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        edge.process.send_signal(signal.SIGTERM)  # it need not go on for so long
+        assert await edge.wait() == 128 + signal.SIGTERM
+    async with running_edge(target, unready_seconds=0.1) as edge:
+        await stop(edge)
         assert await edge.wait() == 0
 
 

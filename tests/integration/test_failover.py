@@ -381,9 +381,10 @@ def test_a_resumed_stream_outlives_its_worker_too(cluster: Cluster) -> None:
 def test_responses_and_chats_that_are_read_again_outlive_their_worker_too() -> None:
     parts = [{"type": "text", "text": "go"}]
     messages = [{"id": "m1", "role": "user", "parts": parts}]
-    asked = {"model": "default", "input": "go", "max_output_tokens": 500, "stream": True}
+    # four seconds of tokens, for all that is to come before the first of these streams ends
+    asked = {"model": "default", "input": "go", "max_output_tokens": 400, "stream": True}
     with (
-        running_cluster(2, {"step_milliseconds": 5}, worker_module=SCRIPTED) as cluster,
+        running_cluster(2, {"step_milliseconds": 10}, worker_module=SCRIPTED) as cluster,
         httpx.Client(base_url=cluster.url, timeout=PATIENCE, trust_env=False) as http,
         ExitStack() as stack,
     ):
@@ -404,7 +405,7 @@ def test_responses_and_chats_that_are_read_again_outlive_their_worker_too() -> N
             response_id = parse(data).events[0].json()["response"]["id"]
             paths.append(f"/v1/responses/{response_id}?stream=true&starting_after=0")
         for number in range(2):
-            chat = {"id": f"c{number}", "messages": messages, "maxOutputTokens": 500}
+            chat = {"id": f"c{number}", "messages": messages, "maxOutputTokens": 400}
             begin("POST", "/api/chat", chat)
             paths.append(f"/api/chat/c{number}/stream")
         again = [begin("GET", path) for path in paths]
