@@ -29,9 +29,10 @@ OWN = ("-m", "inference_worker", "--engine", "tests.worker.own_engines:Obedient"
 
 @pytest.mark.parametrize("engine", ["ours", "own"])
 async def test_a_step_that_hangs_ends_the_process_and_every_stream_is_told(engine: str) -> None:
+    program: tuple[str, ...]
     if engine == "ours":
-        pace = ("--step-milliseconds", "5")
-        program, where = (*SCRIPTED, *pace, "--hanging-seed", "13"), "scripted_model.py"
+        flags = ("--step-milliseconds", "5", "--hanging-seed", "13")
+        program, where = (*SCRIPTED, *flags), "scripted_model.py"
         other = generate_request(max_tokens=4000)
         hanging = generate_request(sampling=pb.Sampling(seed=13), max_tokens=9)
     else:
