@@ -28,6 +28,11 @@ class DeliveredChoices:
         num_tokens = sum(len(choice.token_ids) for choice in self)
         return _CHOICE_BYTES * len(self._choices) + _TOKEN_BYTES * num_tokens
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there are any, or the end of a choice, which may have had none."""
+        return any(choice.token_ids or choice.HasField("completion_tokens") for choice in self)
+
     def copy(self) -> DeliveredChoices:
         """Another one, to add to."""
         return DeliveredChoices(self)

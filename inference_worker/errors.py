@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -28,6 +28,14 @@ class SluiceError(Exception):
     def metadata(self) -> dict[str, str]:
         """Facts for programs, besides the text."""
         return {}
+
+    def alike(self) -> Self:
+        """Another one that says the same, to be kept: without the traceback and the cause, which hold on to all that
+        the failed code had at hand, and of which the first grows whenever the same error is raised again.
+        """
+        other = type(self).__new__(type(self), *self.args)
+        other.__dict__.update(self.__dict__)
+        return other
 
 
 class InvalidField(SluiceError):

@@ -50,7 +50,6 @@ class KeptStream:
         self._keeper = keeper
         self._created_at = timestamp_pb2.Timestamp()
         self._origin = origin
-        self._count_origin()
         self._is_kept = True
         self.is_forgotten = False  # but for its reader
         self._is_expired = False  # and kept for its reader alone
@@ -61,6 +60,7 @@ class KeptStream:
         self._task: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # of the tasks, which write one after the other
         self._parkable: Parkable | None = None
+        self._count_beside()
         self.is_parked = False
         self._is_left = False  # its reader has gone away
         self._is_waking = False  # somebody has come back, and it has no place yet
@@ -169,7 +169,7 @@ class KeptStream:
         finally:
             self._detach(reader)
         if self._error is not None:
-            raise self._error
+            raise self._error.alike()
 
     async def _read_snapshot(self, number: int) -> Messages:
         is_over = self.is_over
@@ -178,7 +178,7 @@ class KeptStream:
                 break
             yield self._shown(message, is_resumed=True, has_token_ids=self.terms.sends_token_ids)
         if is_over and self._error is not None:
-            raise self._error
+            raise self._error.alike()
 
     @property
     def _first(self) -> int:
@@ -216,6 +216,7 @@ class KeptStream:
                     self.replay.append(message)
                     if self._parkable is not None:
                         self._parkable.take(message)
+                    self._count_beside()
                     self._tell_reader()
                     if self._is_left:  # since before it had begun
                         self._park()
@@ -258,7 +259,7 @@ class KeptStream:
             return False
         if self._origin is not None:
             self._origin.drop(dropped)
-            self._count_origin()
+            self._count_beside()
         return True
 
     def _begin(self, started: pb.Started) -> bool:
@@ -275,12 +276,13 @@ class KeptStream:
         self._created_at.CopyFrom(started.created_at)
         if self._origin is not None:
             self._origin.begin(started)
-            self._count_origin()
         self._keeper.note_begin(self)
         return True
 
-    def _count_origin(self) -> None:
-        self.replay.count_beside(0 if self._origin is None else self._origin.num_bytes)
+    def _count_beside(self) -> None:
+        """Count what is kept besides the messages, so that another worker or this one can go on after them."""
+        kept = (self._origin, self._parkable)
+        self.replay.count_beside(sum(each.num_bytes for each in kept if each is not None))
 
     def _park(self) -> None:
         """Nobody reads: have the generation leave the engine, if it can come back."""
@@ -291,6 +293,8 @@ class KeptStream:
         self._is_waking = False
         parkable.park()
         self._task.cancel()
+        # One that was cancelled holds on to what its code had at hand: all of the part.
+        self._task = None
 
     def _set_parked(self, is_parked: bool) -> None:
         if is_parked is not self.is_parked:
@@ -341,7 +345,9 @@ class KeptStream:
         self._is_waking = False
         if self._parkable is not None:
             self._parkable.forget()
-        self._error = error
+            self._count_beside()
+        self._error = None if error is None else error.alike()
+        self._task = None
         self._tell_reader()
         if self.request_id is None:  # it was refused, and its caller is told
             self._forget()

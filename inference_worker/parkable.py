@@ -44,7 +44,7 @@ class Parkable:
     """One request, generated in as many parts as it takes. Used from the event loop only.
 
     Between two parts it is parked: it has nothing in the engine and no place in admission, but keeps its id. The next
-    part goes on after the messages that were taken.
+    part goes on after the messages that were taken. All that is kept of the earlier ones is their sum.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Parkable:
         self._registry = registry
         self._given = DeliveredChoices(request.continuation.choices)
         self._started: pb.Started | None = None
-        self._part: Part | None = None  # the latest that was admitted
+        self._part: Part | None = None  # the one that runs
         self._is_whole = False  # all of its messages were given
         self.on_end: Callable[[FinishReason], bool] = lambda _: False  # of a parked one
 
@@ -72,6 +72,16 @@ class Parkable:
     def is_begun(self) -> bool:
         """Whether its header was given."""
         return self._started is not None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether any were given."""
+        return self._given.has_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes besides the request."""
+        return self._given.num_bytes
 
     @property
     def can_park(self) -> bool:
@@ -98,8 +108,9 @@ class Parkable:
         return self._generate(self._request, self._call_deadline, self)
 
     def run(self, part: Part) -> None:
-        """It was admitted, as this."""
+        """It was admitted, as this, which has read the request."""
         self._part = part
+        self._request.ClearField("continuation")  # the sum has it
 
     def take(self, message: pb.GenerateResponse) -> None:
         """Count a message as given; a later part's header is none."""
@@ -116,14 +127,19 @@ class Parkable:
 
     def park(self) -> None:
         """Stop the clock, and keep the id. Whoever reads `messages` leaves them."""
+        self._part = None
+        self._request.ClearField("continuation")  # of a part that found no place
         if self._deadline is not None:
             self._seconds_left = max(0.0, self._deadline - time.monotonic())
         request = self._request
         self._registry.park(request.request_id, self, request.caller.key_id)
 
     def forget(self) -> None:
-        """It does not go on."""
+        """It does not go on, and keeps nothing for it."""
         self._registry.forget_parked(self._request.request_id, self)
+        self._part = None
+        self._request = pb.GenerateRequest()  # not cleared: its last part may still be at it
+        self._given = DeliveredChoices()
 
     def end(self, reason: FinishReason) -> bool:
         """End it while it is parked. False: it is not."""

@@ -47,6 +47,15 @@ def test_every_error_is_here_and_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("error", all_errors(), ids=lambda error: type(error).__name__)
+def test_one_that_is_kept_says_the_same_and_holds_on_to_nothing(error: errors.SluiceError) -> None:
+    with pytest.raises(errors.SluiceError) as raised:
+        raise error from ValueError()
+    kept = raised.value.alike()
+    assert (type(kept), errors.status_of(kept)) == (type(error), errors.status_of(error))
+    assert (kept.__traceback__, kept.__cause__, kept.__context__) == (None, None, None)
+
+
+@pytest.mark.parametrize("error", all_errors(), ids=lambda error: type(error).__name__)
 def test_the_status_carries_its_details(error: errors.SluiceError) -> None:
     status = errors.status_of(error)
     ((key, value),) = status.trailing_metadata()
