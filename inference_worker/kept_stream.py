@@ -304,7 +304,7 @@ class KeptStream:
     def _wake(self, parkable: Parkable) -> None:
         """Somebody reads again."""
         if parkable.is_late:
-            self._end_parked(FinishReason.DEADLINE)
+            self._stay_parked(DeadlinePassed())
             return
         self._set_parked(False)
         self._is_waking = True
@@ -317,7 +317,7 @@ class KeptStream:
         self._is_waking = False
         self._set_parked(True)
         self._parkable.park()
-        if isinstance(error, DeadlinePassed):
+        if isinstance(error, DeadlinePassed) and self._parkable.has_tokens:
             self._end_parked(FinishReason.DEADLINE)
         elif error.retry_after is None:  # nor will it
             self._end_parked(FinishReason.CANCELLED, error)

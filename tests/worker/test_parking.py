@@ -357,6 +357,25 @@ async def test_its_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
         assert read[-1].finished.usage.completion_tokens == read[-1].finished.completion_tokens > 0
 
 
+async def test_without_any_token_its_deadline_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(parkable, "time", SimpleNamespace(monotonic=lambda: now))
+    async with serve_script(max_running=1, **SLOW) as worker:
+        blocker = worker.stub.Generate(generate_request(**ENDLESS))
+        await read_until(blocker, "delta")
+        call = worker.stub.Generate(parking(**ENDLESS), timeout=600)
+        started = await begin(call)
+        now += 1000
+        call.cancel()
+        await worker.wait_for(waiting=0, requests=1)
+        assert num_parked(worker) == 1
+        for _ in range(2):
+            refusal = await refusal_of(resume(worker, started.resume_id))
+            assert refusal.info.reason == "DEADLINE_PASSED"
+        assert num_parked(worker) == 0
+        blocker.cancel()
+
+
 async def test_a_deadline_in_the_queue_ends_it_with_what_it_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
