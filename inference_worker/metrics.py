@@ -171,7 +171,11 @@ class WorkerMetrics:
         self._refused.labels(reason).inc()
 
     def resumed(self, outcome: str) -> None:
-        """A reader asked for the rest of a stream; `outcome` is one of a few words."""
+        """A reader asked for the rest of a stream.
+
+        `outcome`: "resumed" for one that had any of it, "disconnected" for one that left before, or else the reason of
+        the table of errors.
+        """
         self._resumes.labels(outcome).inc()
 
     def compiled(self, outcome: str) -> None:

@@ -186,7 +186,7 @@ class Worker:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = None
         status = "CANCELLED"  # the reader went away
-        outcome = "resumed"
+        outcome = "disconnected"  # before it had anything
         try:
             refuse_unknown_fields(message, "")
             read_caller(message)
@@ -204,11 +204,14 @@ class Worker:
             )
             async with aclosing(resumed) as messages:
                 async for response in messages:
+                    if not response.HasField("resumed"):  # before a parked one has its place
+                        outcome = "resumed"
                     yield response
-            status = "OK"
+            status, outcome = "OK", "resumed"
         except SluiceError as error:
             status = status_of(error).code.name
-            outcome = status_of(error).reason.lower()
+            if outcome != "resumed":  # else it is the stream that ended so
+                outcome = status_of(error).reason.lower()
             raise
         finally:
             self.metrics.resumed(outcome)
@@ -266,15 +269,19 @@ class Worker:
         if parkable is not None:
             reading = replace(reading, tells_token_ids=True)
         deadline = deadline_of(message, call_deadline, arrived_at)
+        is_continued = message.HasField("continuation")
+        is_ours = parkable is not None and parkable.is_begun
         with self._admission.admit(
             reading.n - len(reading.delivered.finished),
             estimate_tokens(reading.prompt) + reading.delivered.num_tokens,
             reading.caller,
             reading.priority,
             None if deadline is None else deadline - time.monotonic(),
-            is_continued=message.HasField("continuation"),
-            is_ours=parkable is not None and parkable.is_begun,
+            is_continued=is_continued,
+            is_ours=is_ours,
         ) as ticket:
+            if is_continued and not is_ours:
+                self.metrics.continuations.inc()
             generation = Generation(self._backend, reading, ticket, record, deadline)
             with self._registry.hold(reading.request_id, generation, reading.caller.key_id):
                 if parkable is not None:

@@ -142,6 +142,34 @@ async def test_refusals_aborts_and_failures_are_told_apart() -> None:
         assert scrape("sluice_cancel_seconds_count", phase="decode") == 1  # the abort
 
 
+async def test_who_comes_back_and_what_comes_from_another_worker_is_counted() -> None:
+    async with measured(step_milliseconds=2) as worker:
+        request = generate_request(max_tokens=4000, while_unread=pb.WHILE_UNREAD_PARK)
+        request.resume_window.FromSeconds(60)
+        call = worker.stub.Generate(request)
+        read = await read_until(call, "delta")
+        call.cancel()
+        await worker.wait_for(lambda scrape: scrape("sluice_requests") == 0)
+        resume = pb.Resume(resume_id=read[0].started.resume_id)
+        unknown = pb.Resume(resume_id="rs_unknown")
+        older = worker.stub.Generate(pb.GenerateRequest(resume=resume))
+        await read_until(older, "delta")
+        newer = worker.stub.Generate(pb.GenerateRequest(resume=resume))
+        await read_until(newer, "delta")
+        await worker.stub.Abort(pb.AbortRequest(request_id=read[0].started.request_id))
+        await read_rest(newer)
+        await refusal_of(worker.stub.Generate(pb.GenerateRequest(resume=unknown)))
+        assert worker.scrape()("sluice_continuations_total") == 0, "it came back here"
+        greedy = pb.Sampling(temperature=0)
+        moved = generate_request(continuation=pb.Continuation(), sampling=greedy)
+        await read_rest(worker.stub.Generate(moved))
+
+        counts = {"resumed": 2, "stream_not_found": 1, "taken_over": 0}
+        scrape = await worker.wait_for(lambda scrape: scrape.total("sluice_resumes_total") == 3)
+        assert {each: scrape("sluice_resumes_total", outcome=each) for each in counts} == counts
+        assert scrape("sluice_continuations_total") == 1
+
+
 @asynccontextmanager
 async def metrics_port() -> AsyncIterator[tuple[int, Stub]]:
     """The port of a worker process, and its stub."""
