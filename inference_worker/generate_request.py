@@ -45,6 +45,13 @@ class Limits:
     counts: CountLimits  # of lists and texts
     takes_continuations: bool  # whether the engine goes on with what another one began
 
+    @property
+    def max_prompt_bytes(self) -> int | None:
+        """Most bytes of text that can fit the context, if known."""
+        if self.max_token_bytes is None:
+            return None
+        return self.context_length * self.max_token_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -133,7 +140,7 @@ def read_request(message: pb.GenerateRequest, model: ModelInfo, limits: Limits) 
         raise InvalidField("prompt", "is required")
     check_prompt(message.prompt, limits.chat_format, limits.counts)
     tools = read_tools(message.prompt.chat, "prompt.chat")
-    check_fits(message.prompt, limits.context_length, limits.max_token_bytes)
+    check_fits(message.prompt, limits.max_prompt_bytes)
     n = message.n if message.HasField("n") else 1
     check_range("n", n, 1, limits.max_choices)
     output = _read_output(message.output, limits.counts)

@@ -137,7 +137,10 @@ class Generation:
         Raises: DeadlinePassed; InvalidField.
         """
         tokenizing = self._backend.prompts.read(
-            self._reading.prompt, self._complete, num_more_tokens=self._reading.delivered.num_tokens
+            self._reading.prompt,
+            self._complete,
+            num_more_tokens=self._reading.delivered.num_tokens,
+            max_bytes=self._backend.limits.max_prompt_bytes,
         )
         compiling: asyncio.Task[_Grammars] | None = None
         self._preparing = [tokenizing]

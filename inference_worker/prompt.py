@@ -13,7 +13,7 @@ from inference_worker.control_tokens import ControlTokenError
 from inference_worker.count_limits import CONTRACT, CountLimits
 from inference_worker.errors import ContextExceeded, InvalidField
 from inference_worker.field_rules import check_count, refuse_unknown_fields
-from inference_worker.tokenizer import TemplateError, Tokenizer
+from inference_worker.tokenizer import TemplateError, TextTooLong, Tokenizer
 from protos.sluice.v1 import generation_pb2 as pb
 
 _SMALL_BYTES: Final = 64 * 1024
@@ -52,7 +52,7 @@ def check_prompt(
             raise InvalidField(path, "set one of text, token_ids and chat")
 
 
-def check_fits(prompt: pb.Prompt, context_length: int, max_token_bytes: int | None) -> None:
+def check_fits(prompt: pb.Prompt, max_bytes: int | None) -> None:
     """Refuse a prompt that has too many bytes for any number of tokens that fit, before time is spent on it.
 
     Of a chat only what every template keeps is counted; the rest is known once it is rendered.
@@ -60,17 +60,16 @@ def check_fits(prompt: pb.Prompt, context_length: int, max_token_bytes: int | No
     Raises: ContextExceeded.
     """
     kind = prompt.WhichOneof("input")
-    if max_token_bytes is None or kind == "token_ids":
+    if max_bytes is None or kind == "token_ids":
         return
     size = len(prompt.text.encode()) if kind == "text" else _kept_bytes(prompt.chat)
-    limit = context_length * max_token_bytes
-    if size > limit:
-        raise ContextExceeded(
-            "prompt" if kind == "text" else "prompt.chat.messages",
-            f"{size} bytes of text; at most {limit} can fit into {context_length} tokens",
-            bytes=size,
-            limit=limit,
-        )
+    if size > max_bytes:
+        raise _exceeding("prompt" if kind == "text" else "prompt.chat.messages", size, max_bytes)
+
+
+def _exceeding(field: str, size: int, limit: int) -> ContextExceeded:
+    problem = f"{size} bytes of text; at most {limit} can fit into the context"
+    return ContextExceeded(field, problem, bytes=size, limit=limit)
 
 
 def _kept_bytes(chat: pb.Chat) -> int:
@@ -111,14 +110,19 @@ class PromptReader:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-large")
 
     def read(
-        self, prompt: pb.Prompt, then: Callable[[list[int]], T], num_more_tokens: int = 0
+        self,
+        prompt: pb.Prompt,
+        then: Callable[[list[int]], T],
+        num_more_tokens: int = 0,
+        max_bytes: int | None = None,
     ) -> asyncio.Future[T]:
         """What `then` makes of the token ids of a checked prompt, on the same thread.
 
-        `num_more_tokens`: that `then` has to look at besides. The future raises InvalidField and what `then` raises.
+        `num_more_tokens`: that `then` has to look at besides. `max_bytes`: of the text of a chat once it is rendered;
+        more is not tokenized. The future raises InvalidField, ContextExceeded and what `then` raises.
         """
         size = prompt.ByteSize() + _BYTES_PER_TOKEN * num_more_tokens
-        return self._run(lambda: then(self._read(prompt, "prompt")), size)
+        return self._run(lambda: then(self._read(prompt, "prompt", max_bytes)), size)
 
     def tokenize(self, prompt: pb.Prompt) -> asyncio.Future[pb.TokenizeResponse]:
         """Token ids and their bytes. The future raises InvalidField."""
@@ -147,7 +151,7 @@ class PromptReader:
         threads = self._small if size <= _SMALL_BYTES else self._large
         return asyncio.get_running_loop().run_in_executor(threads, work)
 
-    def _read(self, prompt: pb.Prompt, path: str) -> list[int]:
+    def _read(self, prompt: pb.Prompt, path: str, max_bytes: int | None = None) -> list[int]:
         match prompt.WhichOneof("input"):
             case "text":
                 ids = self._read_text(prompt, f"{path}.text")
@@ -156,7 +160,7 @@ class PromptReader:
                 ids = list(prompt.token_ids.ids)
                 self._check_ids(ids, f"{path}.token_ids.ids")
             case _:
-                ids = self._read_chat(prompt, f"{path}.chat")
+                ids = self._read_chat(prompt, f"{path}.chat", max_bytes)
                 self._check_made(ids, f"{path}.chat")
         if not ids:
             raise InvalidField(path, "has no tokens")
@@ -169,7 +173,7 @@ class PromptReader:
         except ControlTokenError as error:
             raise InvalidField(path, str(error)) from error
 
-    def _read_chat(self, prompt: pb.Prompt, path: str) -> list[int]:
+    def _read_chat(self, prompt: pb.Prompt, path: str, max_bytes: int | None) -> list[int]:
         rendered = render(prompt.chat, path)
         try:
             return self._tokenizer.encode_chat(
@@ -178,7 +182,10 @@ class PromptReader:
                 rendered.arguments,
                 special_tokens=prompt.special_tokens,
                 continue_final_message=prompt.chat.continue_final_message,
+                max_bytes=max_bytes,
             )
+        except TextTooLong as error:
+            raise _exceeding(f"{path}.messages", error.size, error.limit) from error
         except TemplateError as error:
             raise InvalidField(path, str(error)) from error
 

@@ -30,6 +30,15 @@ class TemplateError(ValueError):
     """The chat template refuses the messages, or there is none."""
 
 
+class TextTooLong(ValueError):
+    """The text of a chat has more bytes than may be encoded."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"{size} bytes of text; at most {limit}")
+        self.size = size
+        self.limit = limit
+
+
 class UnsupportedTokenizer(ValueError):
     """The checkpoint has no tokenizer that can be used here."""
 
@@ -142,15 +151,18 @@ class Tokenizer:
         *,
         special_tokens: bool = False,
         continue_final_message: bool = False,
+        max_bytes: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer, or for the rest of the last message.
 
         `arguments` are more variables of the template. Names of special tokens in any of these are text, unless
-        `special_tokens` says that they are those tokens; the template's own always are. Raises: TemplateError.
+        `special_tokens` says that they are those tokens; the template's own always are. Of more text than `max_bytes`
+        nothing is encoded. Raises: TemplateError, TextTooLong.
         """
         given: Any = [messages, tools, arguments]
         if special_tokens:
             text = self._render(*given, continue_final_message=continue_final_message)
+            _check_size([text], max_bytes)
             return self._encode(text, add_special_tokens=False)
         try:
             mark = unused_mark(given)
@@ -161,6 +173,7 @@ class Tokenizer:
             raise TemplateError(str(error)) from error
         except RecursionError as error:
             raise TemplateError("something in it is nested too deeply") from error
+        _check_size(pieces, max_bytes)
         return self._encode_pieces(pieces, add_special_tokens=False)
 
     def _render(
@@ -232,6 +245,12 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=not keep_special_tokens
         )
         return text
+
+
+def _check_size(pieces: Iterable[str], max_bytes: int | None) -> None:
+    """Raises: TextTooLong."""
+    if max_bytes is not None and (size := sum(len(piece.encode()) for piece in pieces)) > max_bytes:
+        raise TextTooLong(size, max_bytes)
 
 
 def _bytes_of_tokens(

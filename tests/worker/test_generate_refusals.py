@@ -326,6 +326,31 @@ async def test_a_chat_that_can_never_fit_is_refused_for_good_also_under_load(
         running.cancel()
 
 
+async def test_a_chat_that_is_rendered_to_too_much_is_not_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serve_script(context_length=64) as worker:
+        tokenizer = worker.served.tokenizer
+        assert tokenizer.max_token_bytes is not None
+        limit = 64 * tokenizer.max_token_bytes
+        for method in ("_encode", "_encode_pieces"):
+            monkeypatch.setattr(tokenizer, method, lambda *_, **__: [5])
+        for is_special in (False, True):
+
+            def chat(length: int, is_special: bool = is_special) -> pb.GenerateRequest:
+                answer = pb.ChatMessage(role="assistant", content="é" + "x" * (length - 2))
+                asked = pb.ChatMessage(role="user", content="hi")
+                given = pb.Chat(messages=[asked, answer, asked])
+                return generate_request(prompt=pb.Prompt(chat=given, special_tokens=is_special))
+
+            refusal = await refusal_of(worker.stub.Generate(chat(limit)))
+            assert (refusal.code, refusal.field) == (INVALID, "prompt.chat.messages")
+            assert refusal.info.reason == "CONTEXT_EXCEEDED"
+            marks = int(refusal.info.metadata["bytes"]) - limit  # and what the template adds
+            assert marks > 0
+            assert [m async for m in worker.stub.Generate(chat(limit - marks))]
+
+
 async def test_the_kv_cache_limits_what_fits_too() -> None:
     async with serve_script(blocks=2, block_size=16) as worker:
         refusal = await refusal_of(worker.stub.Generate(generate_request(ids=[5] * 40)))
