@@ -286,8 +286,11 @@ class OwnEngineThread:
         )
 
     def _finish(self, running: RunningRequest, index: int, reason: FinishReason) -> None:
-        """Send the end of a choice, if it was not sent: the rest of its text and its footer."""
-        if index in running.ended:
+        """Send the end of a choice, if it was not sent: the rest of its text and its footer.
+
+        Not of a request that is over: engines may take a cancellation for the end of their text.
+        """
+        if index in running.ended or running.live.request.key not in self._inside:
             return
         running.ended.add(index)
         if (choice := running.choices.get(index)) is None:

@@ -101,6 +101,11 @@ class Obedient:
                 continue
             yield "no "
 
+    async def _quitting(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
+        yield "so far "
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
     async def _silent(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
         await asyncio.Event().wait()
         yield "never"

@@ -251,6 +251,18 @@ async def test_an_engine_that_ignores_its_cancellation_holds_nobody_up() -> None
         await own.wait_ended(("r", 0))
 
 
+async def test_an_engine_that_ends_when_it_is_cancelled_has_not_failed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with own_worker() as own:
+        call = own.stub.Generate(generate_request(text="quitting", request_id="r", max_tokens=200))
+        await read_until(call, "delta")
+        call.cancel()
+        await own.wait_ended(("r", 0))
+        await own.served.wait_idle()
+    assert "failed" not in capsys.readouterr().out
+
+
 async def test_max_running_bounds_the_generators_and_the_queue_is_told() -> None:
     async with own_worker(max_running=2, max_waiting=1) as own:
         running = [own.stub.Generate(generate_request(text="slow", max_tokens=200)) for _ in "ab"]
