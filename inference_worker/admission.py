@@ -20,9 +20,8 @@ from inference_worker.errors import (
     WouldMissDeadline,
 )
 from inference_worker.forecast import Forecast
-from inference_worker.key_limits import KeyLimits, KeyTicket
+from inference_worker.key_limits import MIN_RETRY_SECONDS, KeyLimits, KeyTicket
 
-MIN_RETRY_SECONDS: Final = 1.0
 MAX_RETRY_SECONDS: Final = 5.0
 MAX_HOLD_SECONDS: Final = 0.05
 # A key that has some waiting may add to them while they are at most so many times what stays free (the dynamic

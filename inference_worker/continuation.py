@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from inference_worker.chat.output import DeliveredOutput
 from inference_worker.engine.choice_output import ChoiceOutput
@@ -15,7 +15,7 @@ from inference_worker.engine.continuation import (
     StopSequenceDelivered,
     continue_choice,
 )
-from inference_worker.engine.detokenizer import Detokenizer
+from inference_worker.engine.detokenizer import NewDetokenizer
 from inference_worker.engine.stop_strings import StopString
 from inference_worker.errors import InvalidField
 from inference_worker.field_rules import refuse_unknown_fields
@@ -27,12 +27,6 @@ _MAX_CHARACTERS_AHEAD: Final = 4096
 _MAX_SEQUENCE_NUMBER: Final = 2**63  # far from where the contract's numbers end
 # What there is besides text where the output is told apart.
 _TOLD_APART: Final = ("reasoning_characters", "tool_calls", "argument_characters")
-
-
-class NewDetokenizer(Protocol):
-    """Makes a detokenizer for one choice; `at_start` if its first token begins a text."""
-
-    def __call__(self, *, at_start: bool = ...) -> Detokenizer: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from typing import Final
 from inference_worker.caller import Caller, read_caller, read_priority
 from inference_worker.chat.format import ChatFormat, calls_grammar
 from inference_worker.chat.request import Tools, read_tools
-from inference_worker.continuation import DeliveredRequest, NewDetokenizer, read_continuation
+from inference_worker.continuation import DeliveredRequest, read_continuation
 from inference_worker.count_limits import CountLimits
+from inference_worker.engine.detokenizer import NewDetokenizer
 from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.errors import ContextExceeded, InvalidField

@@ -11,10 +11,9 @@ from inference_worker.caller import Caller
 from inference_worker.errors import KeyLimit
 
 _BUCKET_SECONDS: Final = 60.0
-MAX_IDLE_KEYS: Final = (
-    4096  # keys without a request inside that are remembered, least recently used first forgotten
-)
-MIN_RETRY_SECONDS: Final = 1.0
+# Keys without a request inside that are remembered; the least recently used is forgotten first.
+MAX_IDLE_KEYS: Final = 4096
+MIN_RETRY_SECONDS: Final = 1.0  # that anybody who is refused for now is told
 
 
 class KeyLimits:

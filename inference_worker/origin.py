@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Final
 
+from inference_worker.deadline import write_timeout
 from inference_worker.delivered_choices import DeliveredChoices
 from inference_worker.errors import StreamGone
 from inference_worker.replay import Replay
@@ -13,7 +14,6 @@ from protos.sluice.v1 import generation_pb2 as pb
 
 # What only the caller may say, what is said anew, and what is kept elsewhere.
 _LEFT_OUT: Final = ("caller", "request_id", "continuation", "timeout", "annotation")
-_LEAST_SECONDS: Final = 0.001
 # Messages that are added up before others have their turn.
 _SUM_AT_ONCE: Final = 100
 
@@ -78,8 +78,7 @@ class Origin:
         if seconds_left is None and self._deadline is not None:
             seconds_left = self._deadline - time.monotonic()
         if seconds_left is not None:
-            nanoseconds = round(max(seconds_left, _LEAST_SECONDS) * 1e9)
-            resumed.request.timeout.FromNanoseconds(nanoseconds)
+            write_timeout(resumed.request, seconds_left)
         resumed.started.MergeFromString(self._started)
         resumed.choices.extend(delivered)
 

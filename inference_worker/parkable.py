@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Final, Protocol
+from typing import Protocol
 
-from inference_worker.deadline import deadline_of
+from inference_worker.deadline import deadline_of, write_timeout
 from inference_worker.delivered_choices import DeliveredChoices
 from inference_worker.engine.event import FinishReason
 from inference_worker.registry import Registry
 from protos.sluice.v1 import generation_pb2 as pb
 
 Messages = AsyncGenerator[pb.GenerateResponse, None]
-
-_LEAST_SECONDS: Final = 0.001
 
 
 class Generate(Protocol):
@@ -184,7 +182,6 @@ class Parkable:
         request.continuation.SetInParent()
         self._call_deadline = None
         if self._seconds_left is not None:
-            seconds = max(self._seconds_left, _LEAST_SECONDS)
-            request.timeout.FromNanoseconds(round(seconds * 1e9))
-            self._deadline = time.monotonic() + seconds
+            write_timeout(request, self._seconds_left)
+            self._deadline = time.monotonic() + self._seconds_left
             self._seconds_left = None

@@ -30,6 +30,12 @@ class Detokenizer(Protocol):
         ...
 
 
+class NewDetokenizer(Protocol):
+    """Makes a detokenizer for one choice; `at_start` if its first token begins a text."""
+
+    def __call__(self, *, at_start: bool = ...) -> Detokenizer: ...
+
+
 class ByteDetokenizer:
     """For tokenizers whose every token is a fixed run of bytes (byte-level BPE, SentencePiece with byte fallback).
 

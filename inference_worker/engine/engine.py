@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from inference_worker.engine.block_pool import BlockPool
 from inference_worker.engine.choice_output import ChoiceOutput
 from inference_worker.engine.continuation import Continued
 from inference_worker.engine.deadlines import Deadlines
-from inference_worker.engine.detokenizer import Detokenizer
+from inference_worker.engine.detokenizer import NewDetokenizer
 from inference_worker.engine.event import (
     Event,
     Expired,
@@ -38,12 +37,6 @@ from inference_worker.engine.steps import Steps
 # How often a sequence may find no memory for a step of its own: a chunk of 512 tokens is halved to one of 1 meanwhile,
 # and a single token tried some times more.
 MAX_REFUSALS = 16
-
-
-class NewDetokenizer(Protocol):
-    """Makes a detokenizer for one choice; `at_start` if its first token begins a text."""
-
-    def __call__(self, *, at_start: bool = ...) -> Detokenizer: ...
 
 
 @dataclass(frozen=True, slots=True)
