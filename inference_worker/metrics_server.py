@@ -68,7 +68,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, family: socket.AddressFamily, address: tuple[str, int]) -> None:
         self.address_family = family
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        self._requests: dict[socket.socket, None] = {}  # answered now, the first that came first
+        # Those answered now, the first that came first, each with what cuts it off.
+        self._requests: dict[socket.socket, threading.Timer] = {}
         self._lock = threading.Lock()
         super().__init__(address, _Handler)
 
@@ -79,15 +80,22 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer on a thread, in the place of the one that came first if there is no other."""
+        """Answer on a thread, for so long at most, in the place of the one that came first if there is no other."""
         if not self._places.acquire(blocking=False):
             self._cut_first()
             if not self._places.acquire(timeout=_LEAVE_SECONDS):
                 self.shutdown_request(request)
                 return
+        limit = threading.Timer(_MAX_SECONDS, _cut, (request,))
+        limit.daemon = True
         with self._lock:
-            self._requests[request] = None
-        super().process_request(request, client_address)
+            self._requests[request] = limit
+        try:
+            limit.start()
+            super().process_request(request, client_address)
+        except BaseException:  # no thread can be started; who called closes the connection
+            self._leave(request)
+            raise
 
     def _cut_first(self) -> None:
         with self._lock:
@@ -95,17 +103,17 @@ class _Server(ThreadingMixIn, WSGIServer):
                 _cut(first)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, for so long at most."""
-        limit = threading.Timer(_MAX_SECONDS, _cut, (request,))
-        limit.daemon = True
-        limit.start()
+        """Answer, and leave the place."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            limit.cancel()
-            with self._lock:
-                del self._requests[request]
-            self._places.release()
+            self._leave(request)
+
+    def _leave(self, request: socket.socket) -> None:
+        with self._lock:
+            limit = self._requests.pop(request)
+        limit.cancel()
+        self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Nothing: whoever went away before the end will ask again."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from socketserver import ThreadingMixIn
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 import pytest
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest, make_wsgi_app
 
+from inference_worker import metrics_server
 from inference_worker.metrics import OUTCOMES, Gaps, WorkerMetrics
 from protos.sluice.v1 import generation_pb2 as pb
 from protos.sluice.v1 import generation_pb2_grpc
@@ -212,6 +215,29 @@ async def test_a_process_serves_what_the_readme_lists_and_strangers_hold_nobody_
         for connection in silent:
             connection.close()
         await _until_served(port)
+
+
+async def test_a_connection_for_which_there_is_no_thread_takes_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = metrics_server._Server(socket.AF_INET, ("127.0.0.1", 0))
+    server.set_app(make_wsgi_app(CollectorRegistry()))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadingMixIn, "process_request", no_thread)
+            for _ in range(metrics_server._MAX_CONNECTIONS + 1):
+                with pytest.raises(OSError, match="closed connection"):
+                    await get(server.server_port)
+        await get(server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 async def _until_served(port: int) -> None:
