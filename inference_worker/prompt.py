@@ -133,11 +133,15 @@ class PromptReader:
 
         return self._run(tokenize, prompt.ByteSize())
 
-    def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool) -> asyncio.Future[str]:
-        """Text of token ids. The future raises InvalidField."""
+    def decode(
+        self, token_ids: Sequence[int], *, keep_special_tokens: bool, max_bytes: int
+    ) -> asyncio.Future[str]:
+        """Text of token ids. The future raises InvalidField, also for tokens of more than so many bytes."""
 
         def decode() -> str:
             self._check_ids(token_ids, "token_ids")
+            size = sum(len(self._tokenizer.token_bytes(token_id)) for token_id in token_ids)
+            check_count("token_ids", size, max_bytes, "bytes of text")
             return self._tokenizer.decode(token_ids, keep_special_tokens=keep_special_tokens)
 
         return self._run(decode, _BYTES_PER_TOKEN * len(token_ids))

@@ -390,7 +390,9 @@ class Worker:
             self._check_model(message.model)
         with self._side_calls.enter(read_caller(message)):
             text = await self._prompts.decode(
-                message.token_ids, keep_special_tokens=message.keep_special_tokens
+                message.token_ids,
+                keep_special_tokens=message.keep_special_tokens,
+                max_bytes=self._settings.max_message_bytes,
             )
         return pb.DetokenizeResponse(text=text)
 

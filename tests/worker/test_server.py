@@ -168,6 +168,23 @@ async def test_message_size_limits_hold_at_both_ends() -> None:
         assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_more_text_than_a_message_may_have_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serve_script(max_message_bytes=20_000) as worker:
+        tokenizer = worker.served.tokenizer
+        sizes = [len(text) for text in tokenizer.text_bytes or ()]
+        longest = max(sizes)
+        request = pb.DetokenizeRequest(token_ids=[sizes.index(longest)] * (20_000 // longest - 1))
+        text = (await worker.stub.Detokenize(request)).text
+        assert len(text.encode()) == longest * len(request.token_ids)
+        monkeypatch.setattr(tokenizer, "decode", None)
+        request.token_ids.extend([sizes.index(longest)] * 2)
+        with pytest.raises(grpc.aio.AioRpcError, match="token_ids: at most 20000 bytes") as error:
+            await worker.stub.Detokenize(request)
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_large_message_passes() -> None:
     async with serve_script() as worker:
         ids = list(range(256)) * 8000  # about 3 MB on the wire, under the default limit

@@ -121,8 +121,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary),
-        NOT_FOUND.
+        """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary; more
+        text than --max-message-bytes), NOT_FOUND, RESOURCE_EXHAUSTED (as many at once as requests may wait).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

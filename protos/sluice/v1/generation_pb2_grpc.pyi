@@ -219,8 +219,8 @@ class GenerationServiceStub(typing.Generic[_GenerationServiceGenerateType, _Gene
     """
 
     Detokenize: _GenerationServiceDetokenizeType
-    """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary),
-    NOT_FOUND.
+    """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary; more
+    text than --max-message-bytes), NOT_FOUND, RESOURCE_EXHAUSTED (as many at once as requests may wait).
     """
 
 GenerationServiceAsyncStub: typing_extensions.TypeAlias = GenerationServiceStub[
@@ -315,8 +315,8 @@ class GenerationServiceServicer(metaclass=abc.ABCMeta):
         request: protos.sluice.v1.generation_pb2.DetokenizeRequest,
         context: _ServicerContext,
     ) -> typing.Union[protos.sluice.v1.generation_pb2.DetokenizeResponse, collections.abc.Awaitable[protos.sluice.v1.generation_pb2.DetokenizeResponse]]:
-        """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary),
-        NOT_FOUND.
+        """Turns token ids into text exactly as Generate would. Errors: INVALID_ARGUMENT (an id outside the vocabulary; more
+        text than --max-message-bytes), NOT_FOUND, RESOURCE_EXHAUSTED (as many at once as requests may wait).
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
