@@ -79,7 +79,6 @@ class _Connection(asyncio.Protocol):
         self._is_whole = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._answer.began_at = time.perf_counter()
         transport.write(self._request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:

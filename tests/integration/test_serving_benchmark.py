@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from benchmarks.served_answer import Objective, read
-from benchmarks.sse_client import Answer
+from benchmarks.sse_client import Answer, Endpoint, exchange
 from tests.integration.stack import ROOT, Stack
 
 
@@ -48,6 +50,26 @@ def test_refusals_and_absent_servers_are_counted_and_never_measured(stack: Stack
     assert repetition["tokens_per_second"] == repetition["goodput_per_second"] == 0
     [repetition] = missing["repetitions"]
     assert repetition["failures"] == {"no connection": 4}
+
+
+def test_the_time_to_a_connection_counts(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    connecting_at: list[float] = []
+
+    async def ask() -> Answer:
+        loop = asyncio.get_running_loop()
+        connect = loop.create_connection
+
+        async def note(*arguments: Any, **named: Any) -> Any:
+            connecting_at.append(time.perf_counter())
+            return await connect(*arguments, **named)
+
+        monkeypatch.setattr(loop, "create_connection", note)
+        endpoint = Endpoint(f"{stack.url}/v1")
+        return await exchange(endpoint, endpoint.request("GET", "/models", None), 60)
+
+    answer = asyncio.run(ask())
+    assert answer.failure is None
+    assert answer.began_at <= connecting_at[0]
 
 
 def answer_of(*data: str, failure: str | None = None) -> Answer:
