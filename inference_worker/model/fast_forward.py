@@ -47,9 +47,7 @@ def fast_forwards(
     if native and cache.device.type == "cpu" and (num_threads == 1 or _is_small(model)):
         try:
             yield NativeDecoder(fused, cache, context_length, num_threads)
-        except Unfit as reason:
-            _log.debug("no forward pass in C: %s", reason)
-        except NotSuited as reason:
+        except (Unfit, NotSuited) as reason:
             _log.info("steps run in torch, not in C: %s", reason)
         except CannotCompile as error:
             _log.warning("steps run in torch, not in C: %s", error)

@@ -31,6 +31,7 @@ _VECTOR: Final = 32  # what sizes of vectors are multiples of
 _HEAD_VECTOR: Final = 16
 _MAX_HEAD: Final = 256
 _POSITIONS: Final = 2048  # whose rotation is computed at a time
+_MOST_THREADS: Final = 64  # as in pool.h
 _NORMS: Final = ["input_norm", "query_norm", "key_norm", "mlp_norm"]
 _OF_INPUTS: Final = ("input_norm", "mlp_norm")
 _MATRICES: Final = ["qkv", "output", "gate_up", "down"]
@@ -97,9 +98,9 @@ class NativeDecoder:
     def __init__(
         self, decoder: FusedDecoder, cache: KVCache, num_positions: int, num_threads: int = 1
     ) -> None:
-        """`num_positions`: positions are below it.
+        """`num_positions`: positions are below it. Of `num_threads`, no more than 64 are used.
 
-        Raises: Unfit; CannotCompile.
+        Raises: Unfit; CannotCompile; NotSuited.
         """
         _check(decoder, cache)
         self._library = load_library(str(cache.dtype).removeprefix("torch."))
@@ -128,8 +129,8 @@ class NativeDecoder:
         self._rest = FusedDecoder(decoder.embedding, decoder.rotary, [], decoder.head)
         self._num_positions = num_positions
         self._cosine, self._sine = self._rotation(_POSITIONS)
-        self._num_threads = num_threads
-        self._pool = _start_pool(self._library, num_threads)
+        self._num_threads = min(num_threads, _MOST_THREADS)
+        self._pool = _start_pool(self._library, self._num_threads)
         if self._pool is not None:
             weakref.finalize(self, self._library.stop_pool, self._pool).atexit = False
 

@@ -256,14 +256,21 @@ def test_what_is_no_number_stays_in_its_row(dtype: torch.dtype) -> None:
     assert torch.equal(other, healthy)
 
 
-def test_models_that_it_does_not_know_run_in_torch() -> None:
-    for model in (
-        build_from(FUSED[UNKNOWN_TO_C]()),
-        build_from(config("Llama", hidden_size=72, head_dim=16)),
-        build_from(config("Llama", head_dim=24)),
-        build("llama").to(torch.float16),  # type: ignore[arg-type]
+def test_models_that_it_does_not_know_run_in_torch_and_the_log_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    for model, reason in (
+        (build_from(FUSED[UNKNOWN_TO_C]()), "its activation is GELUTanh"),
+        (build_from(config("Llama", hidden_size=72, head_dim=16)), "not multiples of 32"),
+        (build_from(config("Llama", head_dim=24)), "its heads have 24 elements"),
+        (build("llama").to(torch.float16), "float16 are not known"),  # type: ignore[arg-type]
     ):
+        caplog.clear()
         assert isinstance(new_runner(model, native=True)._forward, FusedDecoder)
+        [line] = [x.getMessage() for x in caplog.records if "not in C" in x.message]
+        assert line.startswith("steps run in torch, not in C: ")
+        assert reason in line
 
 
 @pytest.fixture
@@ -307,6 +314,19 @@ def test_threads_end_with_their_decoder() -> None:
 
 def num_threads_here() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def test_more_threads_than_there_can_be_are_as_many_as_there_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inference_worker.model.native.decoder._MOST_THREADS", 2)
+    torch.set_num_threads(5)
+    try:
+        forward = native_runner(build("llama"))._forward
+    finally:
+        torch.set_num_threads(1)
+    assert isinstance(forward, NativeDecoder)
+    assert forward._num_threads == 2
 
 
 @pytest.mark.usefixtures("two_threads")
