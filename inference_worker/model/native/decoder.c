@@ -7,17 +7,17 @@
 #include "numbers.h"
 #include "pool.h"
 
-/* Rows of the input in one tile. 6 x 4 sums and their operands fill the 32 registers of AVX-512; a vector takes two
- * registers of AVX2, which has 16, or four of NEON, which has 32. */
-#ifdef __AVX512F__
+/* Rows of the input in one tile. 6 x 4 sums and their operands fill the 32 registers of AVX-512, 3 x 4 the 16 of AVX2. */
+#if LANES == 16
 #define ROWS 6
 #else
-#define ROWS 1
+#define ROWS 3
 #endif
 #define SLAB 48 /* rows of the input that stay in the processor's cache while a matrix streams by */
 /* Bytes of weights that are on their way from memory. They are asked for in the order of their addresses, whatever order
  * they are used in, so that the processor's own prefetching follows; what lies past a matrix is mostly the next one. */
 #define AHEAD 12288
+#define LINE 64 /* bytes that come together */
 #define GRAIN 32768 /* multiplications in a part of a task, at least: microseconds, so that taking it costs little */
 #define PARTS 4     /* of a task for each thread, at most */
 
@@ -91,7 +91,7 @@ INLINE void tile(const operand *x, int64_t size, const number *w, const number *
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < columns; j++) sums[i][j] = (vector){0};
     for (int64_t k = 0; k < size; k += STEP) {
-        for (int j = 0; j < columns; j++) fetch(w + k * columns + j * STEP);
+        for (size_t b = 0; b < columns * STEP * sizeof *w; b += LINE) fetch((const char *)(w + k * columns) + b);
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < columns; j++)
                 sums[i][j] = multiply_add(sums[i][j], x + i * size + k, w + j * size + k);
@@ -109,57 +109,67 @@ INLINE void tiles(const operand *x, int64_t rows, int64_t size, const number *w,
                   int64_t stride, int adds, const int columns) {
     for (; rows >= ROWS; rows -= ROWS, x += ROWS * size, y += ROWS * stride)
         tile(x, size, w, bias, y, stride, adds, ROWS, columns);
-#if ROWS == 6
     switch (rows) {
+#if ROWS == 6
     case 5: tile(x, size, w, bias, y, stride, adds, 5, columns); break;
     case 4: tile(x, size, w, bias, y, stride, adds, 4, columns); break;
     case 3: tile(x, size, w, bias, y, stride, adds, 3, columns); break;
+#endif
     case 2: tile(x, size, w, bias, y, stride, adds, 2, columns); break;
     case 1: tile(x, size, w, bias, y, stride, adds, 1, columns); break;
     }
-#endif
 }
 
-#define CODE_ROWS 4   /* of the input, in one tile of codes, */
-#define CODE_BLOCKS 4 /* and blocks of 16 outputs */
+#define BLOCK 16 /* outputs whose codes stand together, */
+#define VECTORS (BLOCK / LANES)
+#if LANES == 16
+#define CODE_ROWS 4 /* rows of the input in one tile of codes, */
+#define CODE_BLOCKS 4
+#else
+#define CODE_ROWS 2
+#define CODE_BLOCKS 2
+#endif
 
-/* As `tile`, for 16 * `blocks` outputs from `column` on. A word holds the codes of eight inputs, those of 2j and 2j + 1
+/* As `tile`, for `blocks` blocks of outputs from `column` on. A word holds the codes of eight inputs, those of 2j and 2j + 1
  * from its bits 4j and 16 + 4j on. In the low bits of a bfloat16 of 128, a code c makes 128 + c, without any table.
  * `totals` [rows, groups] are the sums of each group's inputs, which offsets, and what 128 + c is too much, go by. */
 INLINE void code_tile(const operand *x, const float *totals, int64_t size, const Matrix *matrix, int64_t column,
                       float *y, int64_t columns, int adds, const int rows, const int blocks) {
     const int32_t *words = (const int32_t *)matrix->weights + column * (size / 8);
     const int64_t groups = size / matrix->group_size;
-    vector results[CODE_ROWS][CODE_BLOCKS];
+    const int count = blocks * VECTORS; /* vector v is of block v / VECTORS */
+    vector results[CODE_ROWS][CODE_BLOCKS * VECTORS];
     for (int i = 0; i < rows; i++)
-        for (int b = 0; b < blocks; b++)
-            results[i][b] = matrix->bias ? load(matrix->bias + column + b * LANES) : all(0.0f);
+        for (int v = 0; v < count; v++)
+            results[i][v] = matrix->bias ? load(matrix->bias + column + v * LANES) : all(0.0f);
     for (int64_t g = 0; g < groups; g++) {
-        vector sums[CODE_ROWS][CODE_BLOCKS];
+        vector sums[CODE_ROWS][CODE_BLOCKS * VECTORS];
         for (int i = 0; i < rows; i++)
-            for (int b = 0; b < blocks; b++) sums[i][b] = all(0.0f);
-        for (int64_t k = g * matrix->group_size; k < (g + 1) * matrix->group_size; k += 8)
-            for (int b = 0; b < blocks; b++) {
-                fetch(words + k * 2 * blocks + b * LANES);
-                mask word = *(const unaligned_mask *)(words + b * LANES * (size / 8) + k * 2);
+            for (int v = 0; v < count; v++) sums[i][v] = all(0.0f);
+        for (int64_t k = g * matrix->group_size; k < (g + 1) * matrix->group_size; k += 8) {
+            for (int b = 0; b < blocks; b++) fetch(words + (k * 2 * blocks + b * BLOCK));
+            for (int v = 0; v < count; v++) {
+                const int32_t *at = words + v / VECTORS * BLOCK * (size / 8) + k * 2 + v % VECTORS * LANES;
+                mask word = *(const unaligned_mask *)at;
                 for (int j = 0; j < 8; j += 2) {
                     mask pair = (word >> 2 * j & 0x000f000f) | 0x43004300;
                     for (int i = 0; i < rows; i++)
-                        sums[i][b] = multiply_add_pair(sums[i][b], x + i * size + k + j, pair);
+                        sums[i][v] = multiply_add_pair(sums[i][v], x + i * size + k + j, pair);
                 }
             }
+        }
         for (int i = 0; i < rows; i++)
-            for (int b = 0; b < blocks; b++) {
-                int64_t at = g * columns + column + b * LANES;
+            for (int v = 0; v < count; v++) {
+                int64_t at = g * columns + column + v * LANES;
                 float total = totals[i * groups + g];
-                results[i][b] += (sums[i][b] - EXCESS * total) * load(matrix->scales + at);
-                results[i][b] += load(matrix->offsets + at) * total;
+                results[i][v] += (sums[i][v] - EXCESS * total) * load(matrix->scales + at);
+                results[i][v] += load(matrix->offsets + at) * total;
             }
     }
     for (int i = 0; i < rows; i++)
-        for (int b = 0; b < blocks; b++) {
-            float *to = y + i * columns + column + b * LANES;
-            put(to, adds ? get(to) + results[i][b] : results[i][b]);
+        for (int v = 0; v < count; v++) {
+            float *to = y + i * columns + column + v * LANES;
+            put(to, adds ? get(to) + results[i][v] : results[i][v]);
         }
 }
 
@@ -171,8 +181,10 @@ INLINE void code_tiles(const operand *x, const float *totals, int64_t rows, int6
         x += CODE_ROWS * size, totals += CODE_ROWS * groups, y += CODE_ROWS * columns;
     }
     switch (rows) {
+#if CODE_ROWS == 4
     case 3: code_tile(x, totals, size, matrix, column, y, columns, adds, 3, blocks); break;
     case 2: code_tile(x, totals, size, matrix, column, y, columns, adds, 2, blocks); break;
+#endif
     case 1: code_tile(x, totals, size, matrix, column, y, columns, adds, 1, blocks); break;
     }
 }
@@ -188,9 +200,9 @@ static void multiply_part(const void *argument, int64_t part, int64_t worker) {
         float *y = p.y + first * p.columns;
         if (m->scales) {
             const float *totals = p.totals + first * (p.size / m->group_size);
-            for (; j + CODE_BLOCKS * LANES <= end; j += CODE_BLOCKS * LANES)
+            for (; j + CODE_BLOCKS * BLOCK <= end; j += CODE_BLOCKS * BLOCK)
                 code_tiles(x, totals, count, p.size, m, j, y, p.columns, p.adds, CODE_BLOCKS);
-            for (; j < end; j += LANES) code_tiles(x, totals, count, p.size, m, j, y, p.columns, p.adds, 1);
+            for (; j < end; j += BLOCK) code_tiles(x, totals, count, p.size, m, j, y, p.columns, p.adds, 1);
             continue;
         }
         const number *w = m->weights, *bias = m->bias;
@@ -210,7 +222,7 @@ static void add_up_groups(const operand *x, int64_t count, int64_t group, float 
 
 static void multiply(Pool *pool, Pass *pass, const float *x, int64_t size, const Matrix *matrix, int64_t columns,
                      float *y, int adds) {
-    const int64_t rows = pass->rows, unit = matrix->scales ? CODE_BLOCKS * LANES : 4;
+    const int64_t rows = pass->rows, unit = matrix->scales ? CODE_BLOCKS * BLOCK : 4;
     float *totals = pass->operands + rows * size;
 #ifdef PRODUCT_BFLOAT16
     operand *in = (operand *)pass->operands;
@@ -269,7 +281,7 @@ INLINE void attend_head(const Model *model, const Layer *layer, const int64_t *b
         put(scores + i, weight);
         total += weight;
     }
-    vector sums[16];
+    vector sums[256 / LANES];
     for (int k = 0; k < parts; k++) sums[k] = (vector){0};
     n = 0;
     for (int64_t i = begin; i < end;) {

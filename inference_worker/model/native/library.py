@@ -61,7 +61,7 @@ def load_library(dtype: str) -> NativeLibrary:
     Raises: CannotCompile, NotSuited.
     """
     if not is_suited():
-        raise NotSuited("this processor has no AVX-512")
+        raise NotSuited("this processor has no AVX2")
     if dtype not in DTYPES:
         raise CannotCompile(f"weights of {dtype} are not known to it")
     if (path := find_prebuilt(dtype)) is not None:

@@ -1,15 +1,14 @@
 /* The numbers of a forward pass: `number` (float, or bfloat16 with -DBFLOAT16) is what weights and the KV cache hold,
- * `operand` what matrices are multiplied by; a `vector` is 16 floats.
+ * `operand` what matrices are multiplied by; a `vector` is what a register of the processor holds, 16 floats or 8.
  *
- * Vectors are GCC's and Clang's, 512 bits wide, which any processor has: the compiler makes several of them where it
- * must.
+ * Vectors are GCC's and Clang's, so that most of this is the same for AVX-512 and AVX2.
  */
 #ifndef NUMBERS_H
 #define NUMBERS_H
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #if defined(BFLOAT16) && defined(__AVX512BF16__)
@@ -17,7 +16,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__
 #define LANES 16
+#else
+#define LANES 8
+#endif
 #define MIDDLE 136.0f /* what a 4-bit code of 8 is read as */
 
 #ifdef __clang__
@@ -26,18 +29,18 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (mask4){__VA_ARGS__})
 #endif
 
-typedef float vector __attribute__((vector_size(64)));
+typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float eight __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));
-typedef float unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t mask __attribute__((vector_size(64)));
-typedef int32_t unaligned_mask __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+typedef int32_t unaligned_mask __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t mask4 __attribute__((vector_size(16)));
 
 #ifdef BFLOAT16
 typedef uint16_t number;
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef uint16_t unaligned_halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t unaligned_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 INLINE vector load(const number *p) { /* a bfloat16 is the upper half of a float */
     halves h = *(const unaligned_halves *)p;
@@ -81,6 +84,8 @@ INLINE vector greater(vector a, vector b) { return pick(a > b, a, b); }
 INLINE uint32_t lanes_from(vector x, float bound) {
 #ifdef __AVX512F__
     return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)(x >= all(bound)));
 #else
     uint32_t bits = 0;
     for (int i = 0; i < LANES; i++) bits |= (uint32_t)(x[i] >= bound) << i;
@@ -100,10 +105,14 @@ INLINE int64_t put_lanes(float *p, vector x, uint32_t bits) {
 #endif
 }
 
-/* Lane i of the four is the sum of lanes i, i + 4, i + 8 and i + 12, in halves. */
+/* Lane i of the four is the sum of lanes i, i + 4 and so on, in halves. */
 INLINE four fold(vector x) {
+#if LANES == 16
     union { vector whole; eight half[2]; } a = {x};
     union { eight whole; four half[2]; } b = {a.half[0] + a.half[1]};
+#else
+    union { eight whole; four half[2]; } b = {x};
+#endif
     return b.half[0] + b.half[1];
 }
 INLINE float sum(vector x) {

@@ -187,7 +187,8 @@ def test_prebuilt_libraries_need_no_compiler(
     [
         ("x86_64", prebuilt._LEVEL_4 | {"avx512_bf16"}, "x86-64-v4-bf16"),
         ("x86_64", prebuilt._LEVEL_4, "x86-64-v4"),
-        ("x86_64", prebuilt._LEVEL_4 - {"avx512vl"}, None),
+        ("x86_64", prebuilt._LEVEL_4 - {"avx512vl"}, "x86-64-v3"),
+        ("x86_64", prebuilt._LEVEL_3 - {"fma"}, None),
         ("aarch64", prebuilt._LEVEL_4, None),
         ("riscv64", prebuilt._LEVEL_4, None),
     ],
