@@ -24,7 +24,7 @@ _NO_CONTENT: Final = 204
 _OVERLOADED: Final = 429
 # What is said of a stream that is no longer kept.
 _GONE: Final = frozenset({410, 503})
-# What is said of a stream that is to be aborted, while it goes from one worker to another.
+# What is said of a stream that is to be aborted, once it has ended and its worker was lost.
 _UNKNOWN: Final = frozenset({404, 503})
 _MAX_CUTS: Final = 6  # of one stream that is resumed
 _PATIENCE_SECONDS: Final = 60.0
@@ -142,14 +142,14 @@ class Client:
                     outcome = await self._delete(name, opened)
         finally:
             call.close()
-        if reason == "cancelled" and outcome == "aborted":
+        # A worker that shuts down has ended it for its part, though the edge would have gone on with it elsewhere.
+        is_shut_down = outcome == "already_finished" and self._losses.was_one_since(opened)
+        if reason == "cancelled" and (outcome == "aborted" or is_shut_down):
             if not known.text.startswith("".join(text)):
                 raise Wrong("another text")
             return "aborted, and right so far"
-        # its end was under way, if only in the step that the abort came in; or it went on elsewhere, whether it was
-        # just aborted or could not be found for a moment
-        is_known = outcome in ("", "aborted", "already_finished")
-        if reason != "length" or not (is_known or self._losses.was_one_since(opened)):
+        # its end was there, or under way, if only in the step that the abort came in
+        if reason != "length":
             raise Wrong(f"finish reason {reason}, though the abort was answered {outcome!r}")
         compare("".join(text), known.text)
         return (

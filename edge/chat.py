@@ -188,8 +188,9 @@ def _figures(finished: dict[str, Any], begun: float, first: float | None) -> str
     parts = [f"{count} tokens"]
     if first is not None:
         parts.append(f"first after {first - begun:.2f} s")
-        # what comes in one burst took the worker longer than us
-        spent = max(time.monotonic() - first, finished["timings"]["decode_seconds"])
+        # What comes in one burst took the worker longer than us; an end that is not the worker's has no timings.
+        decoded = finished.get("timings", {}).get("decode_seconds", 0.0)
+        spent = max(time.monotonic() - first, decoded)
         if count > 1 and spent > 0:
             parts.append(f"{(count - 1) / spent:.0f} tokens/s")
     if finished["finish_reason"] not in ("stop", "stop_sequence"):

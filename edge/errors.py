@@ -206,6 +206,11 @@ def deadline_passed() -> EdgeError:
     return from_status(grpc.StatusCode.DEADLINE_EXCEEDED, None, None)
 
 
+def aborted() -> EdgeError:
+    """A 499: somebody ended the generation by its name."""
+    return from_status(grpc.StatusCode.CANCELLED, None, None)
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether it says that a worker could not be reached, or was lost."""
     is_unavailable = grpc.StatusCode.UNAVAILABLE.name

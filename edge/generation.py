@@ -6,9 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import grpc
-
-from edge.errors import ClientGoneError, EdgeError, from_status, server_error
+from edge.errors import ClientGoneError, EdgeError, aborted, server_error
 from edge.finish_reason import finish_reason_name
 from edge.new_stream import NewStream
 from edge.resumed_stream import ResumedStream
@@ -154,7 +152,7 @@ class Generation:
             if task is None or task.cancelling():
                 raise
             # grpc.aio raises this also when the worker itself ends the call with CANCELLED.
-            raise from_status(grpc.StatusCode.CANCELLED, None, None) from None
+            raise aborted() from None
         except EdgeError as error:
             self._raise_if_stopped()
             error.rename_param(self._field_name)

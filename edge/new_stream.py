@@ -40,15 +40,17 @@ class NewStream(WorkerStream):
                 self._workers.metrics.retries.inc()
                 worker = other
                 continue
-            if message is not None and message.started.is_continuable:
-                self._delivered = Delivered(message.started, self._settings.failover_tokens)
+            if message is not None:
+                self._be_known_as(message.started)
+                if message.started.is_continuable:
+                    self._delivered = Delivered(message.started, self._settings.failover_tokens)
             return message
 
     async def _serving(self) -> WorkerClient:
         """Raises: EdgeError, if none serves in time."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await self._unless_cancelled(self._workers.serving())
+                return await self._unless_ended(self._workers.serving())
         except TimeoutError:
             raise deadline_passed() from None
 

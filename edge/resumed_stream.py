@@ -43,7 +43,7 @@ class ResumedStream(WorkerStream):
 
     async def _begin(self) -> pb.GenerateResponse | None:
         try:
-            asked = await self._unless_cancelled(self._find())
+            asked = await self._unless_ended(self._find())
         except EdgeError as error:
             self._count((error.reason or error.type).lower())
             raise
@@ -64,6 +64,7 @@ class ResumedStream(WorkerStream):
         request.request_id = resumed.started.request_id
         self._request = request
         self._delivered = Delivered.before(self._resume, resumed, self._settings.failover_tokens)
+        self._be_known_as(resumed.started)
 
     async def _find(self) -> _Asked:
         """The worker that has the stream: of several the one that began it last, which went on for the others."""

@@ -11,6 +11,7 @@ import structlog
 from edge.errors import EdgeError, is_lost, unavailable
 from edge.left_behind import LeftBehind
 from edge.metrics import EdgeMetrics
+from edge.running_streams import FOUND, RunningStreams
 from edge.settings import EdgeSettings
 from edge.worker_client import WorkerClient
 from edge.worker_targets import is_name, resolve, split_targets
@@ -20,12 +21,6 @@ T = TypeVar("T")
 
 # A name is looked up so often while a worker of it does not serve: its successor may have another address.
 _EAGER_RESOLVE_SECONDS = 1.0
-# The first of these that a worker says of an abort is the truth of all of them.
-_ABORT_OUTCOMES = (
-    pb.ABORT_OUTCOME_ABORTED,
-    pb.ABORT_OUTCOME_ALREADY_FINISHED,
-    pb.ABORT_OUTCOME_UNKNOWN,
-)
 _log = structlog.get_logger("edge.worker")
 
 
@@ -50,6 +45,7 @@ class WorkerPool:
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.left_behind = LeftBehind(self.changed)
+        self.running = RunningStreams()
 
     async def start(self) -> None:
         """Opens the channels and begins to watch names and workers."""
@@ -149,27 +145,34 @@ class WorkerPool:
     ) -> pb.AbortOutcome.ValueType:
         """Ends a generation that came over any connection, on whichever worker has it; with a caller, one of theirs.
 
-        All workers are asked at once.
+        Raises a 503 where a worker that may have it could not be asked.
         """
         if caller is not None:
             request.key_id = caller.key_id
-        clients = self._reachable()
-        if not clients:
+        stream = self.running.find(request)
+        if stream is not None:
+            return await stream.abort(request)
+        if not self._reachable():
             await self.serving()  # waits for the first, or says why there is none
-            clients = self._reachable()
+        answers = (await self.ask_to_abort(request)).values()
+        for outcome in FOUND:
+            if outcome in answers:
+                return outcome
+        # One that is cut off from here may have it, or another edge may move it from one that is lost.
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return pb.ABORT_OUTCOME_UNKNOWN
+
+    async def ask_to_abort(
+        self, request: pb.AbortRequest
+    ) -> dict[WorkerClient, pb.AbortOutcome.ValueType | BaseException]:
+        """What each worker that answers at all says, or how it fails to. All are asked at once."""
+        clients = self._reachable()
         answers = await asyncio.gather(
             *(client.abort(request) for client in clients), return_exceptions=True
         )
-        for outcome in _ABORT_OUTCOMES[:-1]:
-            if outcome in answers:
-                return outcome
-        # A worker that could not be asked may have it, unless it was lost, and all that it had with it.
-        for answer in answers:
-            if isinstance(answer, BaseException) and not is_lost(answer):
-                raise answer
-        if pb.ABORT_OUTCOME_UNKNOWN in answers:
-            return pb.ABORT_OUTCOME_UNKNOWN
-        raise unavailable("No worker is ready: those there were have been lost.")
+        return dict(zip(clients, answers, strict=True))
 
     async def get_model(self, model: str | None = None) -> pb.GetModelResponse:
         """Describes the served model."""

@@ -9,8 +9,9 @@ import grpc
 import structlog
 
 from edge.delivered import Delivered
-from edge.errors import EdgeError, deadline_passed, from_status
+from edge.errors import EdgeError, aborted, deadline_passed, from_status
 from edge.request_timeout import duration
+from edge.running_streams import FOUND
 from edge.worker_client import GenerateCall, WorkerClient, error_from_call
 from edge.worker_pool import WorkerPool
 from protos.sluice.v1 import generation_pb2 as pb
@@ -50,23 +51,56 @@ class WorkerStream(ABC):
         self._worker: WorkerClient | None = None
         self._call: GenerateCall | None = None  # once begun
         self._delivered: Delivered | None = None  # once begun, if it can be continued
-        self._footers: Iterator[pb.GenerateResponse] | None = None  # of ours, once it is too late
+        self._footers: Iterator[pb.GenerateResponse] | None = None  # of ours, where it ends early
         self._waiting: asyncio.Future[Any] | None = None
         self._num_lost = 0
         self.num_failovers = 0
         self._is_cancelled = False
+        self._is_aborted = False
+        self._is_moving = False  # no worker has it, or is known to
+        # Once begun.
+        self.request_id = self.resume_id = ""
 
     @abstractmethod
     async def _begin(self) -> pb.GenerateResponse | None:
         """The first message; sets what is known only now. Raises: EdgeError."""
 
+    @property
+    def key_id(self) -> str:
+        """Whose it is; empty where no keys are needed."""
+        return self._request.caller.key_id
+
     def cancel(self) -> None:
         """Cancels what still runs; a reader gets CancelledError. A call is never abandoned: nothing else ends it."""
         self._is_cancelled = True
+        self._workers.running.remove(self)
+        self._interrupt()
+
+    async def abort(self, request: pb.AbortRequest) -> pb.AbortOutcome.ValueType:
+        """Ends it by the worker that has it. Where none says that it has, the reader is told the end from here.
+
+        That is so while it moves, until another worker has let it in; where its worker is lost and the reader has not
+        come to notice; and where its worker does not answer in time.
+        """
+        self._is_aborted = True  # from now on no other worker goes on with it
+        if self._worker is not None and not self._is_moving:
+            answer = (await self._workers.ask_to_abort(request)).get(self._worker)
+            if not isinstance(answer, BaseException) and answer in FOUND:
+                return answer
+        self._interrupt()
+        return pb.ABORT_OUTCOME_ABORTED
+
+    def _interrupt(self) -> None:
+        """Ends what the reader waits for."""
         if self._call is not None:
             self._call.cancel()
         if self._waiting is not None:
             self._waiting.cancel()
+
+    def _be_known_as(self, started: pb.Started) -> None:
+        """The stream has begun; from now on somebody may know its names."""
+        self.request_id, self.resume_id = started.request_id, started.resume_id
+        self._workers.running.add(self)
 
     async def read(self) -> pb.GenerateResponse | None:
         """The next message, or None after the last one. Raises: EdgeError."""
@@ -88,7 +122,7 @@ class WorkerStream(ABC):
                 try:
                     call = await self._move(error, delivered)
                 except EdgeError as failure:
-                    return self._end_late(failure, delivered)
+                    return self._end_early(failure, delivered)
                 if delivered is not None and not delivered.is_begun:
                     return delivered.header(self._request.annotation)
                 continue
@@ -98,26 +132,48 @@ class WorkerStream(ABC):
                     message.delta.ClearField("token_ids")  # nobody but us asked for them
             return message
 
-    def _end_late(self, error: EdgeError, delivered: Delivered | None) -> pb.GenerateResponse:
-        """The first footer for a reader who has something when the deadline has passed. Raises any other error."""
-        is_late = error.grpc_code == grpc.StatusCode.DEADLINE_EXCEEDED.name
-        if not is_late or delivered is None or not delivered.has_tokens:
+    def _end_early(self, error: EdgeError, delivered: Delivered | None) -> pb.GenerateResponse:
+        """The first footer for a reader who has something when the stream was aborted, or its deadline has passed.
+
+        Raises that where the reader has nothing, or it is too much to be remembered, and any other error.
+        """
+        if self._is_aborted and is_call_lost(error):
+            self._leave_aborted(delivered)
+            reason, error = pb.FINISH_REASON_CANCELLED, aborted()
+            has_footers = delivered is not None and delivered.is_begun and not delivered.is_too_long
+        else:
+            reason = pb.FINISH_REASON_DEADLINE
+            is_late = error.grpc_code == grpc.StatusCode.DEADLINE_EXCEEDED.name
+            has_footers = is_late and delivered is not None and delivered.has_tokens
+        if delivered is None or not has_footers:
             raise error
-        self._footers = delivered.footers(pb.FINISH_REASON_DEADLINE)
+        self._footers = delivered.footers(reason)
         return next(self._footers)
+
+    def _leave_aborted(self, delivered: Delivered | None) -> None:
+        """The last worker that was given it may have it, though it does not say so."""
+        if self._worker is not None:
+            request = self._request if delivered is None else delivered.rest_of(self._request)
+            self._workers.left_behind.note(self._worker, request)
 
     async def _move(self, error: EdgeError, delivered: Delivered | None) -> GenerateCall:
         """The call by which another worker goes on with the stream.
 
         Raises the error where that cannot be, or that there is no more time for it.
         """
-        if delivered is None or not is_call_lost(error) or self._worker is None:
+        if delivered is None or not is_call_lost(error) or self._worker is None or self._is_aborted:
             raise error
         lost, number = self._worker, delivered.sequence_number
         call = None
-        if not delivered.is_too_long:
-            call = await self._continue(delivered, lost, error)
-        outcome = "failed" if call is None else "continued"
+        self._is_moving = True
+        try:
+            if not delivered.is_too_long:
+                call = await self._continue(delivered, lost, error)
+            outcome = "failed" if call is None else "continued"
+        except EdgeError:
+            outcome = "aborted"
+        finally:
+            self._is_moving = False
         self._workers.metrics.failovers.labels(outcome).inc()
         _log.warning(
             "stream lost its worker",
@@ -135,7 +191,10 @@ class WorkerStream(ABC):
     async def _continue(
         self, delivered: Delivered, lost: WorkerClient, error: EdgeError
     ) -> GenerateCall | None:
-        """The call to another worker that has taken the stream within the time that there is."""
+        """The call to another worker that has taken the stream within the time that there is.
+
+        Raises: EdgeError, if the stream is aborted meanwhile.
+        """
         until = min(self._clock() + self._settings.failover_seconds, self._deadline)
         unfit = [lost]
         self._leave(lost, delivered.rest_of(self._request), error)
@@ -144,7 +203,7 @@ class WorkerStream(ABC):
             if worker is None:
                 return None
             rest = delivered.rest_of(self._request)
-            await self._unless_cancelled(self._workers.left_behind.settle(worker, rest))
+            await self._unless_ended(self._workers.left_behind.settle(worker, rest))
             try:
                 call = self._generate(worker, rest)
                 message = await self._read(call)
@@ -173,7 +232,7 @@ class WorkerStream(ABC):
             left = until - self._clock()
             if left <= 0:
                 return None
-            await self._unless_cancelled(asyncio.sleep(min(left, _PAUSE_SECONDS)))
+            await self._unless_ended(asyncio.sleep(min(left, _PAUSE_SECONDS)))
             unfit.clear()
             worker = self._workers.pick()
         return worker
@@ -208,24 +267,37 @@ class WorkerStream(ABC):
         try:
             message = await call.read()
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._is_cancelled or task is None or task.cancelling():
+            if self._is_for_reader():
                 raise
-            # A worker that stops in the middle of a call ends it with CANCELLED, which is no wish of ours.
+            # A worker that stops in the middle of a call ends it with CANCELLED, which is no wish of ours; or the
+            # stream is aborted, so that none goes on with it.
             raise from_status(grpc.StatusCode.UNAVAILABLE, None, None) from None
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error) from None
         return message if isinstance(message, pb.GenerateResponse) else None  # grpc.aio.EOF
 
-    async def _unless_cancelled(self, waiting: Coroutine[Any, Any, T]) -> T:
-        if self._is_cancelled:
+    async def _unless_ended(self, waiting: Coroutine[Any, Any, T]) -> T:
+        """What it waits for. Raises CancelledError, if the stream is cancelled first, and EdgeError, if aborted."""
+        if self._is_cancelled or self._is_aborted:
             waiting.close()
-            raise asyncio.CancelledError
+            raise asyncio.CancelledError if self._is_cancelled else aborted()
         self._waiting = future = asyncio.ensure_future(waiting)
         try:
-            return await future
+            result = await future
+        except asyncio.CancelledError:
+            if self._is_for_reader() or not self._is_aborted:
+                raise
+            raise aborted() from None
         finally:
             self._waiting = None
+        if self._is_aborted:  # when it was too late to interrupt
+            raise aborted()
+        return result
+
+    def _is_for_reader(self) -> bool:
+        """Whether a CancelledError is one that the reader is to get, or the reader's own."""
+        task = asyncio.current_task()
+        return self._is_cancelled or task is None or task.cancelling() > 0
 
 
 def is_call_lost(error: EdgeError) -> bool:

@@ -168,6 +168,7 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         self.aborted: list[str] = []
         self.aborted_for: list[str | None] = []
         self.abort_outcome = pb.ABORT_OUTCOME_ABORTED
+        self.abort_failure: grpc.StatusCode | None = None
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Any
@@ -194,6 +195,8 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         self.aborts.append(request)
         self.aborted.append(request.request_id)
         self.aborted_for.append(request.key_id if request.HasField("key_id") else None)
+        if self.abort_failure is not None:
+            await context.abort(self.abort_failure, "the worker's words")
         return pb.AbortResponse(outcome=self.abort_outcome)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802

@@ -154,7 +154,11 @@ def test_a_server_cannot_command_the_terminal() -> None:
         rb'"timings": {"decode_seconds": 200}}%c'
     ) % (10, 10, 10, 10)
     answers = [(429, "0.01", refusal), (503, "nan", refusal), (400, "", refusal)]
-    answers += [(200, "", answer), (200, "", b"data: {\n")]
+    cut = (
+        rb'event: delta%cdata: {"text": "c"}%c'
+        rb'event: finished%cdata: {"finish_reason": "cancelled", "usage": {"completion_tokens": 12}}%c'
+    ) % (10, 10, 10, 10)
+    answers += [(200, "", answer), (200, "", b"data: {\n"), (200, "", cut)]
 
     class Hostile(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -170,13 +174,14 @@ def test_a_server_cannot_command_the_terminal() -> None:
 
     with HTTPServer(("127.0.0.1", 0), Hostile) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = chat("--url", f"http://127.0.0.1:{server.server_port}", question="One\nTwo\nThree\n")
+        done = chat("--url", f"http://127.0.0.1:{server.server_port}", question="1\n2\n3\n4\n")
         server.shutdown()
     assert not answers
-    assert done.stdout == "a\ufffd[31mb\n"
+    assert done.stdout == "a\ufffd[31mb\nc\n"
     assert done.stderr.count("busy") == 3
     assert "ended by" in done.stderr
     assert "11 tokens, " in done.stderr
+    assert "12 tokens, " in done.stderr
     assert ", 0 tokens/s" in done.stderr  # the worker took that long, however fast they came
     assert "is no stream of events" in done.stderr
     assert not set(done.stderr) & {
