@@ -47,6 +47,7 @@ class Generation:
         self._finish_reasons: set[str] = set()
         self._streams: list[Stream] = []
         self._unfinished: list[int] = []
+        self._whole: set[int] = set()  # streams whose last message has come
         self._reads: dict[asyncio.Task[pb.GenerateResponse | None], int] = {}
         self._arrived: deque[tuple[int, asyncio.Task[pb.GenerateResponse | None]]] = deque()
         self._stopped_by: EdgeError | ClientGoneError | None = None
@@ -155,6 +156,8 @@ class Generation:
             raise aborted() from None
         except EdgeError as error:
             self._raise_if_stopped()
+            if index in self._whole:
+                return None  # how its call ends is nothing to a client who has everything
             error.rename_param(self._field_name)
             raise
         self._raise_if_stopped()
@@ -164,8 +167,10 @@ class Generation:
             return None
         if self._unfinished and message.HasField("finished"):
             self._unfinished[index] -= 1
-            if self._is_resumed and message.finished.HasField("usage"):
-                self._unfinished[index] = 0
+            if message.finished.HasField("usage"):
+                self._whole.add(index)
+                if self._is_resumed:
+                    self._unfinished[index] = 0
             self._note(message.finished)
         return message
 

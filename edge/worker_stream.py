@@ -117,7 +117,7 @@ class WorkerStream(ABC):
             try:
                 message = await self._read(call)
             except EdgeError as error:
-                if delivered is not None and delivered.is_whole and is_call_lost(error):
+                if delivered is not None and delivered.is_whole:
                     return None  # all but the status has come
                 try:
                     call = await self._move(error, delivered)

@@ -171,11 +171,13 @@ async def test_whatever_way_a_worker_goes_another_one_goes_on(loss: Any) -> None
         assert text_of(await stream(pool)) == "Héllo"
 
 
-async def test_a_stream_that_lacks_its_status_alone_is_over() -> None:
-    async with running_pool(2) as pool:
-        set_scripts(pool, lost_after(end), end)
-        assert (await stream(pool))[-1].type == "finished"
-        assert len(calls(pool)) == 1
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_stream_that_lacks_its_status_alone_is_over(workers: int) -> None:
+    async with running_pool(workers) as pool:
+        for number, code in enumerate((Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED), 1):
+            set_scripts(pool, lost_after(end, code), end)
+            assert (await stream(pool))[-1].type == "finished"
+            assert len(calls(pool)) == number
 
 
 async def test_what_is_no_loss_is_not_tried_again() -> None:
