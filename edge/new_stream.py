@@ -34,9 +34,11 @@ class NewStream(WorkerStream):
                 message = await self._ask(worker)
             except EdgeError as error:
                 tried.append(worker)
+                self._leave(worker, self._request, error)
                 other = await self._other(tried, error, until)
                 if other is None:
                     raise self._told(error) from None
+                await self._unless_ended(self._workers.left_behind.settle(other, self._request))
                 self._workers.metrics.retries.inc()
                 worker = other
                 continue

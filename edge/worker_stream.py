@@ -221,8 +221,8 @@ class WorkerStream(ABC):
         return None
 
     def _leave(self, lost: WorkerClient, rest: pb.GenerateRequest, error: EdgeError) -> None:
-        """One that stops has ended the stream itself; any other may come back and know nothing."""
-        if is_call_lost(error) and error.reason not in STOPPING:
+        """One that stops has ended the stream itself; any other that got it may come back and know nothing."""
+        if _may_have_it(error):
             self._workers.left_behind.note(lost, rest)
 
     async def _next(self, unfit: list[WorkerClient], until: float) -> WorkerClient | None:
@@ -249,8 +249,7 @@ class WorkerStream(ABC):
 
     def _may_go_on_after(self, error: EdgeError) -> bool:
         """Counts the workers that this very request may have killed, so that it does not kill them all."""
-        was_reached = _UNREACHED not in (error.grpc_details or "").lower()
-        if is_call_lost(error) and error.reason not in STOPPING and was_reached:
+        if _may_have_it(error):
             self._num_lost += 1
         return self._num_lost <= self._settings.failover_attempts
 
@@ -303,6 +302,12 @@ class WorkerStream(ABC):
 def is_call_lost(error: EdgeError) -> bool:
     """Whether a call ended with its worker."""
     return error.grpc_code in _LOST
+
+
+def _may_have_it(error: EdgeError) -> bool:
+    """Whether the worker that a call ended with was reached by it, and did not end it in order."""
+    was_reached = _UNREACHED not in (error.grpc_details or "").lower()
+    return is_call_lost(error) and error.reason not in STOPPING and was_reached
 
 
 def _may_pass(error: EdgeError) -> bool:
