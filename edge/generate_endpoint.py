@@ -15,6 +15,7 @@ from edge.errors import ClientGoneError, EdgeError
 from edge.event_stream import EventStream, StreamTiming
 from edge.gate import caller_of
 from edge.generation import Generation
+from edge.presence import until_gone
 from edge.request_log import RequestRecord, record_of
 from edge.request_timeout import limit_by_header
 from edge.settings import EdgeSettings
@@ -50,25 +51,22 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
         try:
-            try:
-                request = Request(scope, receive)
-                parsed = await self._parse(request, self._limits)
-                if parsed is None:
-                    await Response(status_code=204)(scope, receive, send)
-                    return
-                limit_by_header(request, parsed.requests)
-                caller = caller_of(scope)
-                if caller is not None:
-                    for message in parsed.requests:
-                        message.caller.CopyFrom(caller)
-                generation = Generation(parsed.requests, parsed.field_name)
-                with self._drain.running(generation), _watched(receive, generation, record):
-                    await self._generate(parsed, generation, scope, receive, send)
-            except EdgeError as error:
-                record.error(error)
-                await self._refuse(error, record.request_id)(scope, receive, send)
-        except ClientGoneError:
-            record.is_client_gone = True
+            request = Request(scope, receive)
+            parsed = await self._parse(request, self._limits)
+            if parsed is None:
+                await Response(status_code=204)(scope, receive, send)
+                return
+            limit_by_header(request, parsed.requests)
+            caller = caller_of(scope)
+            if caller is not None:
+                for message in parsed.requests:
+                    message.caller.CopyFrom(caller)
+            generation = Generation(parsed.requests, parsed.field_name)
+            with self._drain.running(generation), _watched(receive, generation, record):
+                await self._generate(parsed, generation, scope, receive, send)
+        except EdgeError as error:
+            record.error(error)
+            await self._refuse(error, record.request_id)(scope, receive, send)
 
     async def _generate(
         self,
@@ -130,11 +128,10 @@ class GenerateEndpoint:
 
 @contextlib.contextmanager
 def _watched(receive: Receive, generation: Generation, record: RequestRecord) -> Iterator[None]:
-    """Stops the generation when the client leaves. Only `receive` tells; sending to nobody succeeds."""
+    """Stops the generation when the client leaves."""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(receive)
         generation.stop(ClientGoneError())
         record.client_left()
 

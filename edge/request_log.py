@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.connection import EXTENSION, Connection
 from edge.error_response import error_response
-from edge.errors import EdgeError, overloaded, server_error
+from edge.errors import ClientGoneError, EdgeError, overloaded, server_error
 from edge.metrics import PHASES, EdgeMetrics
 
 SWITCHING_PROTOCOLS = 101
@@ -94,7 +94,7 @@ def record_of(scope: Scope) -> RequestRecord:
 
 
 class RequestLog:
-    """ASGI middleware: ids in and out, the log line, and the answer to what nobody caught.
+    """ASGI middleware: ids in and out, the log line, and the answer to what nobody caught; none to a client that left.
 
     A client's `x-request-id` of up to 128 characters of [A-Za-z0-9._:-] comes back in `x-request-id` and `request-id`
     and stands in the log. Any other value is ignored, and the edge's own id takes its place. The worker only ever sees
@@ -156,6 +156,8 @@ class RequestLog:
             return
         try:
             await self._app(scope, receive, send)
+        except ClientGoneError:
+            record.is_client_gone = True
         except Exception:
             _log.exception("unexpected error", request_id=record.request_id)
             if record.status is None:

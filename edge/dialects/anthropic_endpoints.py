@@ -13,6 +13,7 @@ from edge.dialects.schema import validate
 from edge.errors import EdgeError
 from edge.gate import caller_of
 from edge.info_endpoints import json_response
+from edge.presence import while_there
 from edge.request_body import read_parsed
 from edge.request_log import record_of
 from edge.worker_pool import WorkerPool
@@ -32,7 +33,7 @@ class CountTokens:
             asked = await read_parsed(request, self._limits, _parse)
             if (caller := caller_of(request.scope)) is not None:
                 asked.caller.CopyFrom(caller)
-            answer = await self._workers.tokenize(asked)
+            answer = await while_there(request.receive, self._workers.tokenize(asked))
         except EdgeError as error:
             error.rename_param(NAMES)
             record = record_of(request.scope)

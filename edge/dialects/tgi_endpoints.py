@@ -12,9 +12,10 @@ from edge.dialects.dialect import PromptLimits
 from edge.dialects.schema import validate
 from edge.dialects.tgi import NAMES, refuse
 from edge.dialects.tgi_schema import TgiTokenizeRequest
-from edge.errors import ClientGoneError, EdgeError
+from edge.errors import EdgeError
 from edge.gate import caller_of
 from edge.info_endpoints import json_response
+from edge.presence import while_there
 from edge.request_body import beside_the_loop, read_parsed
 from edge.request_log import record_of
 from edge.version import version_of_sluice
@@ -54,13 +55,10 @@ class TgiEndpoints:
             body = await read_parsed(request, self._limits, partial(validate, TgiTokenizeRequest))
             prompt = pb.Prompt(text=body.inputs)
             asked = pb.TokenizeRequest(prompt=prompt, caller=caller_of(request.scope))
-            answer = await self._workers.tokenize(asked)
+            answer = await while_there(request.receive, self._workers.tokenize(asked))
         except EdgeError as error:
             error.rename_param(NAMES)
             return _refused(request, error)
-        except ClientGoneError:
-            record_of(request.scope).is_client_gone = True
-            return Response(status_code=499)  # for nobody
 
         def tell() -> Response:
             return json_response(_spans(body.inputs, answer.token_ids, answer.tokens))

@@ -164,6 +164,8 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
         self.script: Script = hello
         self.calls: list[ScriptedCall] = []
         self.tokenizations: list[tuple[pb.TokenizeRequest, float]] = []  # with the seconds left
+        self.is_tokenizer_stuck = False
+        self.cancelled_tokenizations = 0
         self.aborts: list[pb.AbortRequest] = []
         self.aborted: list[str] = []
         self.aborted_for: list[str | None] = []
@@ -175,6 +177,12 @@ class ScriptedWorker(pb_grpc.GenerationServiceServicer):
     ) -> pb.TokenizeResponse:
         """Each character is a token."""
         self.tokenizations.append((request, context.time_remaining()))
+        while self.is_tokenizer_stuck:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled_tokenizations += 1
+                raise
         tokens = [character.encode() for character in request.prompt.text]
         return pb.TokenizeResponse(token_ids=range(len(tokens)), tokens=tokens)
 

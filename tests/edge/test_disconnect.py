@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.edge.edge_process import PATIENCE, EdgeProcess, fresh_id, running_edge
+from tests.edge.pool import until
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
 
@@ -129,15 +130,38 @@ async def test_an_event_source_cancels(edge: EdgeProcess, worker: ScriptedWorker
     await assert_cancelled(worker, 1)
 
 
+TOKENIZING: list[tuple[str, dict[str, Any]]] = [
+    ("/tokenize", {"inputs": "hi"}),
+    ("/v1/messages/count_tokens", CHAT | {"model": "default"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), [REQUESTS["chat"], *TOKENIZING])
 async def test_a_client_that_leaves_within_its_body_starts_nothing(
-    edge: EdgeProcess, worker: ScriptedWorker
+    edge: EdgeProcess, worker: ScriptedWorker, path: str, body: dict[str, Any]
 ) -> None:
     client_id = fresh_id("half-a-body")
-    head = request_bytes(*REQUESTS["chat"], x_request_id=client_id)[:-5]
+    head = request_bytes(path, body, x_request_id=client_id)[:-5]
     async with RawClient(edge.port) as client:
         await client.send(head)
-    assert (await edge.request_line(client_id))["status"] == 499
+    line = await edge.request_line(client_id)
+    assert line["status"] == 499
+    assert line["level"] == "info"  # nobody need look into it
     assert worker.calls == []
+    assert worker.tokenizations == []
+
+
+@pytest.mark.parametrize(("path", "body"), TOKENIZING)
+async def test_leaving_cancels_a_tokenization(
+    edge: EdgeProcess, worker: ScriptedWorker, path: str, body: dict[str, Any]
+) -> None:
+    worker.is_tokenizer_stuck = True
+    client_id = fresh_id("tokenize")
+    async with RawClient(edge.port) as client:
+        await client.send(request_bytes(path, body, x_request_id=client_id))
+        await until(lambda: bool(worker.tokenizations))
+    await until(lambda: worker.cancelled_tokenizations == 1)
+    assert (await edge.request_line(client_id))["status"] == 499
 
 
 async def test_a_batch_refused_in_part_is_refused_and_cancelled(
