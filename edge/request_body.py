@@ -3,55 +3,91 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from starlette.requests import Request
 
 from edge.dialects.dialect import PromptLimits
-from edge.errors import ClientGoneError, EdgeError
+from edge.errors import ClientGoneError, EdgeError, overloaded
 from edge.json_codec import decode_object
 
 # How much of a body beyond the limit is read and dropped, so that a client which writes before it reads gets its 413.
 _DISCARD_FACTOR = 8
-# What larger bodies take is felt by others, so it is done beside the event loop; of those two at a time.
+# What larger bodies take is felt by others: they are parsed beside the event loop, two at a time, and share a limit.
 _LARGE_BYTES: Final = 64 * 1024
 _large_bodies: Final = ThreadPoolExecutor(2, thread_name_prefix="large-body")
 
 T = TypeVar("T")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body.
+class _Body:
+    """A body as it is read. What has come of it counts, together with all others, until it is released."""
 
-    Raises a 415 when it is compressed, a 413 beyond `limit` bytes, ClientGoneError when the client leaves early.
-    """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise EdgeError(
-            415,
-            "invalid_request_error",
-            "The request body must not be compressed: content-encoding is not supported.",
-            headers={"connection": "close", "accept-encoding": "identity"},
-        )
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit and "expect" in request.headers:
-        raise _too_large(limit)
-    chunks: list[bytes] = []
-    size, more = 0, True
-    while more and size <= limit * _DISCARD_FACTOR:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
-        more = message.get("more_body", False)
-    if size > limit:
-        raise _too_large(limit)
-    return b"".join(chunks)
+    all_held: ClassVar[int] = 0
+
+    def __init__(self, request: Request, limits: PromptLimits) -> None:
+        self._request = request
+        self._limits = limits
+        self._chunks: list[bytes] = []
+        self._held = 0
+
+    async def read(self) -> bytes:
+        """The whole of it.
+
+        Raises a 415 when it is compressed, a 413 when it is too large, a 429 when it is large and others have the room,
+        ClientGoneError when the client leaves early.
+        """
+        headers, limit = self._request.headers, self._limits.max_body_bytes
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise _compressed()
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit and "expect" in headers:
+            raise _too_large(limit)
+        refusal: EdgeError | None = None
+        size, more = 0, True
+        while more and size <= limit * _DISCARD_FACTOR:
+            message = await self._request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(chunk)
+            if size > limit:
+                refusal = _too_large(limit)
+            elif refusal is None and not self._take(chunk):
+                refusal = _too_many()
+            if refusal is not None:
+                self.release()
+        if refusal is not None:
+            raise refusal
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        return data
+
+    def release(self) -> None:
+        """Counts it no more."""
+        _Body.all_held -= self._held
+        self._held = 0
+        self._chunks.clear()
+
+    def _take(self, chunk: bytes) -> bool:
+        """Whether there is room for more of it. For a small body there always is: connections are limited."""
+        held = self._held + len(chunk)
+        if held > _LARGE_BYTES and _Body.all_held + len(chunk) > self._limits.max_bodies_bytes:
+            return False
+        _Body.all_held += len(chunk)
+        self._held = held
+        self._chunks.append(chunk)
+        return True
+
+
+def _compressed() -> EdgeError:
+    return EdgeError(
+        415,
+        "invalid_request_error",
+        "The request body must not be compressed: content-encoding is not supported.",
+        headers={"connection": "close", "accept-encoding": "identity"},
+    )
 
 
 def _too_large(limit: int) -> EdgeError:
@@ -63,11 +99,21 @@ def _too_large(limit: int) -> EdgeError:
     )
 
 
+def _too_many() -> EdgeError:
+    refusal = overloaded("Too many large request bodies are being read; try again soon.")
+    refusal.headers["connection"] = "close"
+    return refusal
+
+
 async def read_parsed(
     request: Request, limits: PromptLimits, parse: Callable[[dict[str, Any]], T]
 ) -> T:
-    """What `parse` makes of the JSON object that the body holds."""
-    return await parsed(await read_body(request, limits.max_body_bytes), limits, parse)
+    """What `parse` makes of the JSON object that the body holds. Raises what that does, and what reading it does."""
+    body = _Body(request, limits)
+    try:
+        return await parsed(await body.read(), limits, parse)
+    finally:
+        body.release()
 
 
 async def parsed(data: bytes, limits: PromptLimits, parse: Callable[[dict[str, Any]], T]) -> T:

@@ -286,6 +286,14 @@ class EdgeSettings(BaseSettings):
         description="Largest request body.",
         json_schema_extra=unit("bytes"),
     )
+    max_bodies_bytes: int = Field(
+        512 * 1024 * 1024,
+        ge=64 * 1024,
+        le=2**40,
+        description="Request bodies that are read and parsed at once, together; beyond it one of more than 64 KiB gets"
+        " a 429.",
+        json_schema_extra=unit("bytes"),
+    )
     max_json_depth: int = Field(
         32,
         ge=4,

@@ -21,6 +21,7 @@ ATTACKS = "worker/test_grpc_attacks.py::test_"
 KEPT = "worker/test_resume.py::test_"
 TESTS: dict[tuple[str, str], str] = {
     ("edge", "max_body_bytes"): HTTP_LIMITS,
+    ("edge", "max_bodies_bytes"): "edge/test_limits.py::test_large_bodies_share_a_limit",
     ("edge", "max_json_depth"): HTTP_LIMITS,
     ("edge", "max_json_values"): HTTP_LIMITS,
     ("edge", "max_prompts"): HTTP_LIMITS,

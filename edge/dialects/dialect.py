@@ -1,5 +1,6 @@
 """What a wire format provides."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class PromptLimits:
     max_prompts: int
     # The window of requests that say nothing of one, where their dialect is one that resumes.
     resume_window_seconds: float = 0
+    # Of all bodies together that are read and parsed at once.
+    max_bodies_bytes: float = math.inf
 
     @classmethod
     def of(cls, settings: EdgeSettings) -> "PromptLimits":
@@ -74,6 +77,7 @@ class PromptLimits:
             settings.max_json_values,
             settings.max_prompts,
             settings.resume_window_seconds,
+            settings.max_bodies_bytes,
         )
 
 

@@ -4,13 +4,19 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
+from starlette.requests import Request
 from websockets.asyncio.client import connect
 
 from edge.command_line import read_settings
 from edge.connection_limits import MAX_SURPLUS
+from edge.dialects.dialect import PromptLimits
+from edge.errors import EdgeError
+from edge.request_body import read_parsed
+from edge.settings import EdgeSettings
 from tests.edge.edge_process import PATIENCE, EdgeProcess, running_edge
 from tests.edge.raw_http import RawClient, request_bytes
 from tests.edge.scripted_worker import ScriptedCall, ScriptedWorker
@@ -110,6 +116,53 @@ def test_every_limit_can_be_set(name: str) -> None:
     assert getattr(read_settings([f"{flag}={value}"]), name) == value
     with pytest.raises(SystemExit):
         read_settings([f"{flag}=0"])
+
+
+class Upload:
+    """A body of one field, whose last byte may have to wait for a word."""
+
+    def __init__(self, size: int, *, is_slow: bool = False) -> None:
+        data = b'{"prompt": "%b"}' % (b"x" * size)
+        self._pieces = [data[:-1], data[-1:]]
+        self.is_waiting, self.may_end = asyncio.Event(), asyncio.Event()
+        if not is_slow:
+            self.may_end.set()
+
+    async def read(self, limits: PromptLimits) -> int:
+        """The field's length."""
+        request = Request({"type": "http", "headers": []}, self._receive)
+        return await read_parsed(request, limits, lambda body: len(body["prompt"]))
+
+    async def _receive(self) -> dict[str, Any]:
+        if len(self._pieces) == 1:
+            self.is_waiting.set()
+            await self.may_end.wait()
+        piece = self._pieces.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(self._pieces)}
+
+
+async def test_large_bodies_share_a_limit() -> None:
+    limits = PromptLimits.of(EdgeSettings(max_bodies_bytes=150_000))
+    slow = Upload(100_000, is_slow=True)
+    reading = asyncio.create_task(slow.read(limits))
+    await slow.is_waiting.wait()
+    for _ in range(2):  # who is refused takes no room
+        with pytest.raises(EdgeError, match="Too many large request bodies") as refused:
+            await Upload(100_000).read(limits)
+        assert refused.value.status == 429
+        assert {"retry-after", "connection"} <= refused.value.http_headers().keys()
+    assert await Upload(1).read(limits) == 1
+    slow.may_end.set()
+    assert await reading == 100_000
+    assert await Upload(100_000).read(limits) == 100_000
+
+    left = Upload(100_000, is_slow=True)
+    reading = asyncio.create_task(left.read(limits))
+    await left.is_waiting.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert await Upload(100_000).read(limits) == 100_000
 
 
 class ClientFrom(RawClient):
