@@ -224,7 +224,7 @@ class WorkerPool:
             try:
                 async with asyncio.timeout(self.settings.connect_timeout_seconds):
                     self._resolved(name, await resolve(name))
-            except OSError as error:  # TimeoutError is one
+            except (OSError, UnicodeError) as error:  # TimeoutError is one; "a..b" is no name
                 if name in self._unresolved:
                     _log.warning("worker name", name=name, error=str(error) or "no answer in time")
             self._unresolved.discard(name)
