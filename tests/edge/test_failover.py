@@ -30,7 +30,7 @@ async def begin(call: ScriptedCall) -> None:
 
 
 async def end(call: ScriptedCall) -> None:
-    await call.started(is_continuable=True)
+    await call.started(is_continuable=call.request.is_continuable)
     await call.delta("llo", token_ids=[3])
     await call.finished(completion_tokens=3)
 
