@@ -54,9 +54,9 @@ class ModelSettings(SettingGroup):
     )
     native: bool = Field(
         True,
-        description="Run the steps of a model in C instead of in torch, on one CPU thread, or on several if it has "
-        "below 100 million parameters. Compiled at the first start, if there is a C compiler. For float32 and bfloat16 "
-        "models of the kinds Llama, Mistral, Qwen2 and Qwen3.",
+        description="Run the steps of a model in C instead of in torch, on one CPU thread, or on several: up to 8 for "
+        "a model below 2 billion parameters, any number below 100 million. Compiled at the first start, if there is a "
+        "C compiler. For float32 and bfloat16 models of the kinds Llama, Mistral, Qwen2 and Qwen3.",
         json_schema_extra=unit("bool"),
     )
     context_length: int | None = Field(

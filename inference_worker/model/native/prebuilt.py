@@ -58,6 +58,11 @@ def is_suited() -> bool:
     return platform.machine() == "x86_64" and _features() >= _LEVEL_3
 
 
+def has_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (AMX), which the source does not use."""
+    return "amx_bf16" in _features()
+
+
 def find_prebuilt(dtype: str) -> Path | None:
     """The library made of this source that suits this processor best; None if there is none."""
     if not _FOLDER.is_dir():

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from inference_worker.engine.runner import OutOfMemory
+from inference_worker.model import fast_forward
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.batch import Span
 from inference_worker.model.decoder import FusedDecoder, fuse
@@ -330,9 +331,32 @@ def test_more_threads_than_there_can_be_are_as_many_as_there_can(
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_large_models_on_several_threads_are_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_worker.model.fast_forward._FEW_PARAMETERS", 1000)
-    assert isinstance(new_runner(build("llama"), native=True)._forward, FusedDecoder)
+@pytest.mark.parametrize(
+    ("limits", "dtype", "has_tiles", "is_for_c"),
+    [
+        ((10**6, 10**6, 1), torch.bfloat16, True, True),
+        ((1000, 10**6, 2), torch.bfloat16, False, True),
+        ((1000, 10**6, 2), torch.float32, True, True),
+        ((1000, 10**6, 2), torch.bfloat16, True, False),
+        ((1000, 10**6, 1), torch.float32, False, False),
+        ((1000, 1000, 2), torch.float32, False, False),
+    ],
+)
+def test_large_models_on_several_threads_are_for_torch(
+    limits: tuple[int, int, int],
+    dtype: torch.dtype,
+    has_tiles: bool,
+    is_for_c: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("_FEW_PARAMETERS", "_MANY_PARAMETERS", "_FEW_THREADS")
+    for name, limit in zip(names, limits, strict=True):
+        monkeypatch.setattr(fast_forward, name, limit)
+    monkeypatch.setattr(fast_forward, "has_tiles", lambda: has_tiles)
+    model: PreTrainedModel = build("llama")
+    model.to(dtype)  # type: ignore[arg-type]
+    forward = new_runner(model, native=True)._forward
+    assert isinstance(forward, NativeDecoder if is_for_c else FusedDecoder)
 
 
 def test_a_token_wanted_twice_or_out_of_order() -> None:

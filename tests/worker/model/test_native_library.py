@@ -186,6 +186,7 @@ def test_prebuilt_libraries_need_no_compiler(
     ("machine", "features", "expected"),
     [
         ("x86_64", prebuilt._LEVEL_4 | {"avx512_bf16"}, "x86-64-v4-bf16"),
+        ("x86_64", prebuilt._LEVEL_4 | {"avx512_bf16", "amx_bf16"}, "x86-64-v4-bf16"),
         ("x86_64", prebuilt._LEVEL_4, "x86-64-v4"),
         ("x86_64", prebuilt._LEVEL_4 - {"avx512vl"}, "x86-64-v3"),
         ("x86_64", prebuilt._LEVEL_3 - {"fma"}, None),
@@ -210,6 +211,7 @@ def test_a_prebuilt_library_suits_the_processor(
     path = prebuilt.find_prebuilt("float32")
     assert (path and path.name.partition("-float32-")[0]) == expected
     assert prebuilt.is_suited() == (expected is not None)
+    assert prebuilt.has_tiles() == ("amx_bf16" in features)
     if expected is None:
         with pytest.raises(NotSuited):
             load_library("float32")
