@@ -99,6 +99,7 @@ class ServedModel:
             max_batch_tokens=settings.max_batch_tokens,
             context_length=self.context_length,
             prefix_cache=settings.prefix_cache,
+            prefix_cache_across_keys=settings.prefix_cache_across_keys,
         )
         engine = Engine(self.runner, self.tokenizer.new_detokenizer, options)
         return EngineThread(engine, on_crash, observer)

@@ -1,11 +1,12 @@
 """The blocks of the KV cache: who holds which, and which hold a known prefix.
 
 The prefix cache is the free list itself, kept in the order of last use: a free block keeps its contents, and its place
-in the index of prefixes, until it is taken for something else.
+in the index of prefixes, until it is taken for something else. Blocks without a prefix go first.
 """
 
 from __future__ import annotations
 
+import secrets
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -25,9 +26,11 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._holders = [0] * num_blocks
-        self._free = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # first one taken first
         self._hash_of_block: list[bytes | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
+        # Hashes alone tell prefixes apart: nobody may look for two that collide before they are made.
+        self._hash_key = secrets.token_bytes(16)
 
     @property
     def num_free(self) -> int:
@@ -77,12 +80,13 @@ class BlockPool:
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back; its KV is gone for it, though the cache may still know it."""
-        for block in reversed(
-            sequence.block_table
-        ):  # tails are reused before the heads they hang from
+        # tails are reused before the heads they hang from
+        for block in reversed(sequence.block_table):
             self._holders[block] -= 1
             if not self._holders[block]:
                 self._free[block] = None
+                if self._hash_of_block[block] is None:  # nobody can find what is in it
+                    self._free.move_to_end(block, last=False)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
@@ -142,6 +146,9 @@ class BlockPool:
         while len(hashes) <= i:
             start = len(hashes) * size
             tokens = array("q", sequence.token_ids[start : start + size]).tobytes()
-            parent = hashes[-1] if hashes else sequence.cache_salt
-            hashes.append(blake2b(parent + tokens, digest_size=16).digest())
+            parent = hashes[-1] if hashes else self._digest(sequence.cache_salt)
+            hashes.append(self._digest(parent + tokens))
         return hashes[i]
+
+    def _digest(self, data: bytes) -> bytes:
+        return blake2b(data, digest_size=16, key=self._hash_key).digest()

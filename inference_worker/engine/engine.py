@@ -46,9 +46,9 @@ class EngineOptions:
     max_running: int  # sequences in one step
     max_batch_tokens: int  # tokens computed in one step; at least max_running
     context_length: int  # most tokens of a sequence
-    prefix_cache: bool = (
-        True  # whether different requests share blocks; choices of one request always do
-    )
+    # whether different requests share blocks; choices of one request always do
+    prefix_cache: bool = True
+    prefix_cache_across_keys: bool = False  # whether requests of different keys do, too
 
 
 class Engine:
@@ -237,11 +237,17 @@ class Engine:
             is_leader=is_leader,
             num_echoed=continued.num_echoed,
             grammar=grammar,
-            cache_salt=b"" if self._options.prefix_cache else request.key.to_bytes(8, "little"),
+            cache_salt=self._cache_salt(request),
         )
         live.unbegun.popleft()
         live.sequences.append(sequence)
         return sequence
+
+    def _cache_salt(self, request: Request) -> bytes:
+        """The same for those who may find each other's prompts in the cache."""
+        if not self._options.prefix_cache:
+            return request.key.to_bytes(8, "little")
+        return b"" if self._options.prefix_cache_across_keys else request.share.key_id.encode()
 
     def _end_if_complete(self, live: LiveRequest, sequence: Sequence) -> bool:
         """End a new choice that another engine brought to its last token but not to its footer."""

@@ -66,6 +66,13 @@ class EngineSettings(SettingGroup):
         description="Keep the KV of ended prompts and share it with later ones that begin alike.",
         json_schema_extra=unit("bool"),
     )
+    prefix_cache_across_keys: bool = Field(
+        False,
+        description="Share it between the requests of different API keys, too. Saves memory and time where they have "
+        "beginnings in common; but whoever guesses a prompt of another key's learns from the cached tokens, and from "
+        "the time to the first one, that the guess is right.",
+        json_schema_extra=unit("bool"),
+    )
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

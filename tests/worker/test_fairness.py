@@ -320,3 +320,20 @@ async def test_storms_of_keys_priorities_and_deadlines_lose_no_block(
         "cancelled",
         "refused before it was cancelled",
     }
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_keys_share_prompts_in_the_cache_only_where_a_setting_says_so(
+    is_shared: bool,
+) -> None:
+    async with serve_script(prefix_cache_across_keys=is_shared) as worker:
+
+        async def cached(**fields: Any) -> int:
+            messages = await worker.generate(ids=[5] * 100, max_tokens=1, **fields)
+            started, usage = messages[0].started, messages[-1].finished.usage
+            assert started.cached_tokens == usage.cached_tokens
+            return started.cached_tokens
+
+        assert await cached(caller=caller("alice")) == 0
+        assert await cached(caller=caller("alice")) == 96
+        assert await cached(caller=caller("bob")) == await cached() == (96 if is_shared else 0)

@@ -1112,7 +1112,9 @@ class Started(google.protobuf.message.Message):
     prompt_tokens: builtins.int
     """Tokens of the prompt."""
     cached_tokens: builtins.int
-    """Of them, found in the prefix cache on admission. The final figure is in Usage."""
+    """Of them, found in the prefix cache on admission, which knows prompts of the same caller.key_id alone unless the
+    worker runs --prefix-cache-across-keys. The final figure is in Usage.
+    """
     queue_position: builtins.int
     """Requests that wait and are likely to be served before this one; 0 when it is next or runs at once. Exact among the
     requests of one key; between keys it takes requests for equally long.
