@@ -34,8 +34,8 @@ from inference_worker.engine.scheduler import Scheduler
 from inference_worker.engine.sequence import Sequence
 from inference_worker.engine.steps import Steps
 
-# How often a sequence may find no memory for a step of its own: a chunk of 512 tokens is halved to one of 1 meanwhile,
-# and a single token tried some times more.
+# How often a sequence may find no memory for a step of its own before its next token: a chunk of 512 tokens is halved
+# to one of 1 meanwhile, and a single token tried some times more.
 MAX_REFUSALS = 16
 
 
@@ -275,6 +275,7 @@ class Engine:
             live.add_prompt_scores(row.start, output.prompt_logprobs)
         if output.token is None:
             return
+        sequence.num_times_refused = 0
         if not sequence.has_drawn:
             self._begin_completion(live, sequence)
         if live.request.stopping.max_tokens == 0:
@@ -365,7 +366,10 @@ class Engine:
         """
         sequence = row.sequence
         sequence.num_times_refused += 1
-        sequence.most_tokens_of_step = max(1, row.num_tokens // 2)
+        if (
+            row.num_tokens > 1
+        ):  # a single token tells nothing of chunks, in which it is computed again
+            sequence.most_tokens_of_step = row.num_tokens // 2
         if sequence.num_times_refused >= MAX_REFUSALS:
             self.cancel(live.request, FinishReason.PREEMPTED)
         else:

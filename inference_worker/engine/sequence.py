@@ -36,7 +36,8 @@ class Sequence:
     is_leader: bool = True  # the first choice to run: it computes the prompt for the others
     num_echoed: int = 0  # prompt tokens that the reader has, if the request echoes its prompt
     most_tokens_of_step: int = 2**31  # less once the device lacked memory for a step of more
-    num_times_refused: int = 0  # by a device that lacked memory for a step of this sequence alone
+    # since its latest token, by a device that lacked memory for a step of this sequence alone
+    num_times_refused: int = 0
     has_drawn: bool = False  # whether this engine drew a token for it
     grammar: GrammarState | None = None  # has accepted the completion so far
     cache_salt: bytes = b""  # only sequences of the same salt share blocks

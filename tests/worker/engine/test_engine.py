@@ -9,7 +9,7 @@ import pytest
 
 from inference_worker.engine.choice_output import MAX_ECHO_TOKENS
 from inference_worker.engine.detokenizer import ByteDetokenizer
-from inference_worker.engine.engine import Engine, EngineOptions
+from inference_worker.engine.engine import MAX_REFUSALS, Engine, EngineOptions
 from inference_worker.engine.event import (
     Delta,
     Event,
@@ -485,6 +485,25 @@ def test_memory_that_comes_back_in_time_costs_nothing_but_time() -> None:
     assert completion(run(engine)["a"]) == reference_completion([1, 2, 3], 6)
     assert engine.load().preemptions > 0
     assert_idle(engine)
+
+
+@pytest.mark.usefixtures("runs_ahead")
+def test_a_token_refused_now_and_then_ends_nothing_and_cuts_no_chunk() -> None:
+    refused: set[int] = set()
+
+    def refuse_each_token_once(row: Row) -> None:
+        if row.num_tokens == 1 and row.start not in refused:
+            refused.add(row.start)
+            raise OutOfMemory
+
+    runner = HashRunner(64, 4, before_row=refuse_each_token_once)
+    engine = make_engine(runner, max_batch_tokens=64)
+    # with its prompt to be scored it is computed again from the first token on
+    scored = OutputParams(logprobs=0, echo=True, prompt_logprobs=True)
+    engine.add(make_request("a", range(9), 2 * MAX_REFUSALS, output=scored))
+    assert completion(run(engine)["a"]) == reference_completion(range(9), 2 * MAX_REFUSALS)
+    assert len(refused) > MAX_REFUSALS
+    assert min(size for size in runner.batch_sizes if size > 1) >= 9
 
 
 @pytest.mark.usefixtures("runs_ahead")
