@@ -73,7 +73,7 @@ class ToolSpec:
     """A function: its name, and the JSON schema of its arguments."""
 
     name: str
-    schema: Any
+    schema: dict[str, Any]
 
 
 def calls_grammar(
@@ -82,47 +82,46 @@ def calls_grammar(
     *,
     is_parallel: bool,
 ) -> str:
-    """A Lark grammar in llguidance's dialect: nothing but calls of these functions, whose arguments fit the schemas."""
+    """A Lark grammar in llguidance's dialect: nothing but calls of these functions, whose arguments fit the schemas.
+
+    Each schema is a document of its own, so that what it refers to by "#/$defs/…" is found in it.
+    """
     match chat_format.tools:
         case ToolFormat.HERMES:
-            call = f'"{CALL_START}\\n" body "\\n{CALL_END}"'
-            start = 'call ("\\n" call)*' if is_parallel else "call"
-            return f"start: {start}\ncall: {call}\nbody: {_json(_any_call(tools, 'arguments'))}\n"
+            start = f'"{CALL_START}\\n" call "\\n{CALL_END}"'
+            more = f'("\\n" {start})*' if is_parallel else ""
+            calls = [_listed_call(tool, "arguments") for tool in tools]
         case ToolFormat.LLAMA3:
-            start = 'call ("; " call)*' if is_parallel else "call"
-            return f"start: {start}\ncall: {_json(_any_call(tools, 'parameters'))}\n"
+            start, more = "call", '("; " call)*' if is_parallel else ""
+            calls = [_listed_call(tool, "parameters") for tool in tools]
         case ToolFormat.MISTRAL if chat_format.has_args_mark:
-            rules = [
-                f'call_{i}: "{TOOL_CALLS}{tool.name}{ARGS}" {_json(tool.schema)}'
-                for i, tool in enumerate(tools)
-            ]
-            names = " | ".join(f"call_{i}" for i in range(len(tools)))
-            start = "call call*" if is_parallel else "call"
-            return "\n".join([f"start: {start}", f"call: {names}", *rules, ""])
+            start, more = "call", "call*" if is_parallel else ""
+            calls = [(f"{TOOL_CALLS}{tool.name}{ARGS}", "") for tool in tools]
         case ToolFormat.MISTRAL:
-            most = {} if is_parallel else {"maxItems": 1}
-            calls = {"type": "array", "items": _any_call(tools, "arguments"), "minItems": 1, **most}
-            return f'start: "{TOOL_CALLS}" calls\ncalls: {_json(calls)}\n'
+            start = f'"{TOOL_CALLS}[" call'
+            more = '(", " call)* "]"' if is_parallel else '"]"'
+            calls = [_listed_call(tool, "arguments") for tool in tools]
         case None:
             raise ValueError("the model knows no tools")
+    rules = [f"start: {start} {more}"]
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+    for i, (tool, (before, after)) in enumerate(zip(tools, calls, strict=True)):
+        rules.append(f"call_{i}: {json.dumps(before)} arguments_{i} {after and json.dumps(after)}")
+        rules.append(f"arguments_{i}: {_json(tool.schema)}")
+    return "\n".join([*rules, ""])
 
 
-def _any_call(tools: Sequence[ToolSpec], arguments_key: str) -> dict[str, Any]:
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool.name}, arguments_key: tool.schema},
-            "required": ["name", arguments_key],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+def _listed_call(tool: ToolSpec, arguments_key: str) -> tuple[str, str]:
+    """What stands before and after the arguments of a call that is an object."""
+    return f'{{"name": "{tool.name}", "{arguments_key}": ', "}"
 
 
 # Spaces as models write them: one behind each comma and colon.
 _SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def _json(schema: Any) -> str:
-    return "%json " + json.dumps({"x-guidance": _SPACING, **schema})
+def _json(schema: dict[str, Any]) -> str:
+    options = schema.get("x-guidance", {})
+    if isinstance(options, dict):  # llguidance says what it is otherwise
+        schema = schema | {"x-guidance": options | _SPACING}
+    return "%json " + json.dumps(schema)

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inference_worker.chat.format import ChatFormat, ToolFormat, ToolSpec, calls_grammar
+from inference_worker.chat.output import ChatOutput
 from tests.worker.grammar.noise import Choice, Noise
 from tests.worker.grammar.schemas import Schema, schemas
+from tests.worker.test_chat_output import summary
 
 FEW = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -114,3 +117,65 @@ def test_special_tokens_never_come_inside(noise: Noise) -> None:
         assert len(choice.tokens) == 200
         assert not {0, 1, 2} & set(choice.token_ids)
         assert all(noise.tokenizer.token_bytes(i) for i in choice.token_ids)
+
+
+TREE: Schema = {
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Köln"]}, "next": {"$ref": "#/$defs/next"}},
+            "required": ["city", "next"],
+            "additionalProperties": False,
+        },
+        "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/place"}]},
+    },
+    "type": "object",
+    "properties": {"from": {"$ref": "#/$defs/place"}},
+    "required": ["from"],
+    "additionalProperties": False,
+}
+NUMBER: Schema = {
+    "$ref": "#/$defs/number",
+    "$defs": {
+        "number": {
+            "type": "object",
+            "properties": {"place": {"type": "integer", "minimum": 1, "maximum": 30}},
+            "required": ["place"],
+            "additionalProperties": False,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+@pytest.mark.parametrize(
+    "chat_format",
+    [
+        ChatFormat(ToolFormat.HERMES),
+        ChatFormat(ToolFormat.LLAMA3),
+        ChatFormat(ToolFormat.MISTRAL),
+        ChatFormat(ToolFormat.MISTRAL, has_args_mark=True),
+    ],
+    ids=str,
+)
+def test_required_calls_obey_schemas_with_definitions_of_their_own(
+    noise: Noise, chat_format: ChatFormat, is_parallel: bool
+) -> None:
+    """Of two functions that mean different things by one name; and what was written is read as calls."""
+    schemas = {"go": TREE, "pick": NUMBER}
+    tools = [ToolSpec(name, schema) for name, schema in schemas.items()]
+    grammar = noise.compile("lark", calls_grammar(chat_format, tools, is_parallel=is_parallel))
+    requests = [
+        noise.request(grammar, seed=seed, prompt=(5, 6, seed), max_tokens=150) for seed in range(12)
+    ]
+    written = [choice for (choice,) in noise.run(*requests) if choice.reason == "STOP"]
+    called = set()
+    for choice in written:
+        output = ChatOutput(chat_format, frozenset(schemas), is_reasoning=False)
+        reasoning, text, calls = summary([*output.push(choice.text), *output.flush()])
+        assert (reasoning, text) == ("", "")
+        assert len(calls) == 1 or is_parallel
+        for name, arguments in calls:
+            jsonschema.validate(json.loads(arguments), schemas[name])
+            called.add(name)
+    assert called == {"go", "pick"}
