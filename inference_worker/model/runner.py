@@ -264,21 +264,28 @@ def _use(device: torch.device) -> Iterator[None]:
     try:
         with _on(device):
             yield
-    except torch.AcceleratorError as error:  # such as a CUDA error, after which every call fails
-        raise DeviceLost(str(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            if (
-                device.type == "cuda"
-            ):  # what torch keeps in pieces of the wrong size may do for the retry
+            # what torch keeps in pieces of the wrong size may do for the retry
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
             raise OutOfMemory(str(error)) from error
+        if isinstance(error, torch.AcceleratorError):
+            # such as a CUDA error, after which every call fails
+            raise DeviceLost(str(error)) from error
         raise
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate; on a CPU only the message tells."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+# Whoever allocates says it in words of his own: CUDA, for what torch's allocator does not give out (pinned memory, a
+# kernel that is loaded when it is first used), and Triton; cuBLAS; torch on a CPU.
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be allocated, of the device or of the host; nothing else is wrong then."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _span(row: Row) -> Span:

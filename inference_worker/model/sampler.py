@@ -65,8 +65,8 @@ def draw(
             return _draw_each(logits, rows, scans)
         part = _Part(logits, rows, scans)
         return Drawn(part.tokens, [part])
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+        raise  # the device's and the host's; no row's
     except Exception as error:  # whatever one row's parameters raise must not reach the others
         if len(rows) == 1:
             return Drawn(torch.zeros(1, dtype=torch.int64, device=logits.device), [error])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from inference_worker.engine.event import Token
 from inference_worker.engine.request import OutputParams, SamplingParams
-from inference_worker.engine.runner import OutOfMemory, Row
+from inference_worker.engine.runner import DeviceLost, OutOfMemory, Row
+from inference_worker.model import sampler
 from inference_worker.model.batch import Batch
 from inference_worker.model.runner import ModelRunner
 from inference_worker.model.sampler import BadLogits
@@ -264,8 +266,13 @@ def test_logits_are_made_for_no_more_than_the_rows(runner: ModelRunner) -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError("Unable to allocate 1.00 GiB for an array"),
     ],
+    ids=str,
 )
 def test_out_of_memory_is_told_and_nothing_is_lost(
     runner: ModelRunner, llama_greedy: list[list[int]], error: Exception
@@ -280,6 +287,36 @@ def test_out_of_memory_is_told_and_nothing_is_lost(
     forward.error = None
     driver.run([sequence], NUM_TOKENS)
     assert sequence.token_ids == llama_greedy[LENGTHS.index(17)]
+
+
+def test_an_error_of_the_device_itself_is_no_rows(runner: ModelRunner) -> None:
+    spoilable(runner).error = torch.AcceleratorError("CUDA error: an illegal memory access was ...")
+    with pytest.raises(DeviceLost, match="illegal"):
+        Driver(runner).step([new_sequence([1, 2])])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory),
+        (MemoryError(), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceLost),
+    ],
+    ids=["device memory", "host memory", "device"],
+)
+def test_a_draw_for_which_there_is_no_memory_or_device_is_no_rows_fault(
+    runner: ModelRunner,
+    num_rows: int,
+    error: Exception,
+    expected: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "inference_worker.model.sampler._choose", Mock(spec=sampler._choose, side_effect=error)
+    )
+    with pytest.raises(expected):
+        Driver(runner).step([new_sequence([1, 2]) for _ in range(num_rows)])
 
 
 def test_other_errors_pass_through(runner: ModelRunner) -> None:
