@@ -77,6 +77,11 @@ class Reading:
     priority: int
     tells_token_ids: bool = False  # whether this worker may go on with it, and wants to know them
 
+    @property
+    def share(self) -> Share:
+        """Of whatever there is not enough of for all at once."""
+        return Share(self.caller.key_id, self.caller.weight, self.priority)
+
     def to_engine(
         self,
         prompt: list[int],
@@ -123,7 +128,7 @@ class Reading:
             ),
             n=self.n,
             continuation=continuation,
-            share=Share(self.caller.key_id, self.caller.weight, self.priority),
+            share=self.share,
             deadline=deadline,
             is_continuable=self.is_continuable,
             admitted_at=admitted_at,

@@ -166,8 +166,11 @@ class Generation:
     async def _compile(self, constraint: GrammarSource) -> _Grammars:
         """The grammar, and the states of the choices that are continued."""
         grammars, reading = self._backend.grammars, self._reading
-        grammar = await grammars.compile(constraint)
-        return grammar, await grammars.replay(grammar, reading.stop_token_ids, reading.delivered)
+        grammar = await grammars.compile(constraint, reading.share)
+        states = await grammars.replay(
+            grammar, reading.stop_token_ids, reading.delivered, reading.share
+        )
+        return grammar, states
 
     def _stop_preparing(self) -> None:
         for future in self._preparing:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final
@@ -14,9 +12,11 @@ from typing import Final
 from llguidance import LLMatcher
 
 from inference_worker.continuation import DeliveredRequest
+from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.grammar import Grammar, GrammarFailed, GrammarState
 from inference_worker.errors import InvalidField, UnsupportedField
 from inference_worker.grammar.compiled import CompiledGrammar, explain
+from inference_worker.grammar.lane import Lane
 from inference_worker.grammar.mask_maker import MaskMaker
 from inference_worker.grammar.source import GrammarSource
 from inference_worker.grammar.trial import TooCostly, Trial
@@ -24,6 +24,7 @@ from inference_worker.grammar.vocabulary import Vocabulary
 from inference_worker.tokenizer import Tokenizer
 
 _QUICK_SECONDS: Final = 0.1
+_NOBODYS: Final = Share()
 # Between two tokens of a JSON text: one space, or a line break and an indentation. Without an end to it, a model may
 # well find none.
 _JSON_WHITESPACE: Final = r"\x20|\x0A(\x20{0,16}|\x09{0,8})"
@@ -43,7 +44,9 @@ class GrammarCompiler:
 
     Each is tried in a process of its own first, which nothing but its own time and memory limits can hold up; what has
     passed compiles here in about the same time, on a thread and without the interpreter's lock. Two lanes: most
-    grammars take a millisecond or ten, and wait at most a moment for one that does not.
+    grammars take a millisecond or ten, and wait at most a moment for one that does not. In either of them keys take
+    turns, so that many bad grammars of one key cost another's no more than one of them does. What goes on after tokens
+    that were delivered waits for no compilation.
     """
 
     def __init__(
@@ -61,30 +64,39 @@ class GrammarCompiler:
             self._vocabulary = Vocabulary(tokenizer, vocabulary_size)
         self._masks = MaskMaker()
         self._cache = _Cache(limits.cached)
-        self._quick = _Lane("grammar-quick", min(_QUICK_SECONDS, limits.seconds))
-        self._slow = _Lane("grammar-slow", limits.seconds)
+        self._quick = Lane("grammar-quick")
+        self._quick_trial = Trial(min(_QUICK_SECONDS, limits.seconds))
+        self._slow = Lane("grammar-slow")
+        self._slow_trial = Trial(limits.seconds)
+        self._replays = Lane("grammar-replay")
 
-    async def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """Compile, or find it compiled.
+    async def compile(self, source: GrammarSource, share: Share = _NOBODYS) -> CompiledGrammar:
+        """Compile, or find it compiled; `share` is whose it is.
 
         Raises: InvalidField, UnsupportedField (no grammar works with this model's tokenizer).
         """
-        if self._vocabulary is None:
+        if (vocabulary := self._vocabulary) is None:
             raise UnsupportedField("constraint")
         outcome = self._cache.get(source)
         word = "compiled" if outcome is None else "cached"
         if outcome is None:
             try:
-                outcome = await self._run(self._quick, source, self._vocabulary)
+                outcome = await self._quick.run(
+                    share, lambda: self._compile(self._quick_trial, source, vocabulary)
+                )
             except TooCostly:
-                outcome = await self._try_slowly(source, self._vocabulary)
+                outcome = await self._try_slowly(source, vocabulary, share)
         self._on_outcome("refused" if isinstance(outcome, str) else word)
         if isinstance(outcome, str):
             raise InvalidField(source.field, outcome)
         return outcome
 
     async def replay(
-        self, grammar: Grammar, stop_token_ids: frozenset[int], delivered: DeliveredRequest
+        self,
+        grammar: Grammar,
+        stop_token_ids: frozenset[int],
+        delivered: DeliveredRequest,
+        share: Share = _NOBODYS,
     ) -> dict[int, GrammarState]:
         """The states of the choices that are continued, each after the tokens delivered of it.
 
@@ -92,29 +104,26 @@ class GrammarCompiler:
         """
         if not delivered.running:
             return {}
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._slow.threads, _replay, grammar, stop_token_ids, delivered
-        )
+        return await self._replays.run(share, lambda: _replay(grammar, stop_token_ids, delivered))
 
     def close(self) -> None:
         """End the threads and processes, without waiting for what has begun."""
-        self._quick.close()
-        self._slow.close()
+        for lane in (self._quick, self._slow, self._replays):
+            lane.close()
+        for trial in (self._quick_trial, self._slow_trial):
+            trial.close()
 
-    async def _try_slowly(self, source: GrammarSource, vocabulary: Vocabulary) -> _Outcome:
+    async def _try_slowly(
+        self, source: GrammarSource, vocabulary: Vocabulary, share: Share
+    ) -> _Outcome:
         try:
-            return await self._run(self._slow, source, vocabulary)
+            return await self._slow.run(
+                share, lambda: self._compile(self._slow_trial, source, vocabulary)
+            )
         except TooCostly:
             problem = f"takes more than {self._limits.seconds:g} s, or too much memory, to compile"
             self._cache.put(source, problem)
             return problem
-
-    async def _run(self, lane: _Lane, source: GrammarSource, vocabulary: Vocabulary) -> _Outcome:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            lane.threads, self._compile, lane.trial, source, vocabulary
-        )
 
     def _compile(self, trial: Trial, source: GrammarSource, vocabulary: Vocabulary) -> _Outcome:
         # the same grammar may have been compiled while this one waited for its turn
@@ -172,18 +181,6 @@ def in_llguidance(source: GrammarSource) -> str:
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
         case "lark":
             return LLMatcher.grammar_from_lark(source.text)
-
-
-class _Lane:
-    """A thread and its trial process. The queue is as long as admission lets it become."""
-
-    def __init__(self, name: str, seconds: float) -> None:
-        self.threads = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self.trial = Trial(seconds)
-
-    def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        self.trial.close()
 
 
 class _Cache:

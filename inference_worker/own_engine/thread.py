@@ -21,13 +21,13 @@ from inference_worker.engine.event import (
     Started,
 )
 from inference_worker.engine.event_stream import EventStream
+from inference_worker.engine.fair_slots import FairSlots
 from inference_worker.engine.live_request import LiveRequest
 from inference_worker.engine.load import Load
 from inference_worker.engine.observer import Observer, Phase
 from inference_worker.engine.readers import Readers
 from inference_worker.engine.request import Request
 from inference_worker.own_engine.choice import Choice
-from inference_worker.own_engine.fair_slots import FairSlots
 from inference_worker.own_engine.loop_thread import LoopThread
 from inference_worker.own_engine.protocol import EngineCard, EngineRequest, OwnEngine, Piece
 from inference_worker.own_engine.running_request import RunningRequest

@@ -13,6 +13,10 @@ import grpc
 import jsonschema
 import pytest
 
+from inference_worker.engine.fair_queue import Share
+from inference_worker.grammar.compiled import CompiledGrammar
+from inference_worker.grammar.compiler import GrammarCompiler
+from inference_worker.grammar.source import GrammarSource
 from inference_worker.grammar.trial import Trial
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.patience import PATIENCE
@@ -167,6 +171,27 @@ async def test_hostile_schemas_delay_nobody() -> None:
         after = await worker.load()
         assert after.generated_tokens > before.generated_tokens + 100
         running.cancel()
+
+
+async def test_a_constraint_waits_for_its_turn_as_its_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares: list[Share] = []
+    compile_ = GrammarCompiler.compile
+
+    async def noted(
+        compiler: GrammarCompiler, source: GrammarSource, share: Share
+    ) -> CompiledGrammar:
+        shares.append(share)
+        return await compile_(compiler, source, share)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", noted)
+    async with serve_script() as worker:
+        constraint = pb.Constraint(regex="(.|\\n)*")
+        caller = pb.Caller(key_id="alice", weight=2)
+        await worker.generate(constraint=constraint, caller=caller, priority=3)
+        await worker.generate(constraint=constraint)
+    assert shares == [Share("alice", 2.0, 3), Share()]
 
 
 def _constrained(schema: str) -> dict[str, Any]:

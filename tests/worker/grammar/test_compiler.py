@@ -5,25 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import psutil
 import pytest
 
+from inference_worker.continuation import DeliveredRequest
 from inference_worker.default_model import CHECKPOINT
+from inference_worker.engine.continuation import Delivered
+from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.grammar import GrammarFailed
 from inference_worker.errors import InvalidField, UnsupportedField
 from inference_worker.grammar.compiled import CompiledGrammar
-from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler
+from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler, in_llguidance
 from inference_worker.grammar.source import GrammarSource
-from inference_worker.grammar.trial import Trial
+from inference_worker.grammar.trial import TooCostly, Trial
 from inference_worker.tokenizer import Tokenizer
+from tests.patience import PATIENCE
 from tests.worker.grammar.hostile import ENDLESS, LAZY, REFUSED
 from tests.worker.grammar.noise import Noise
 from tests.worker.test_tokenizer import save, word_piece
 
 DIGITS = GrammarSource("regex", "[0-9]+")
+LETTERS = GrammarSource("regex", "[a-z]+")
+MANY = Share("many")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,37 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Trial, "run", recorded)
     return tried
+
+
+@dataclass
+class Gate:
+    """What is to be tried is noted, and waits until it opens."""
+
+    tried: list[str] = field(default_factory=list)
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def open(self) -> None:
+        self.opened.set()
+
+    async def wait_for(self, count: int) -> None:
+        """Until so many are or were at it."""
+        async with asyncio.timeout(PATIENCE):
+            while len(self.tried) < count:
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate()
+    run = Trial.run
+
+    def held(trial: Trial, grammar: str) -> str:
+        gate.tried.append(grammar)
+        assert gate.opened.wait(PATIENCE)
+        return run(trial, grammar)
+
+    monkeypatch.setattr(Trial, "run", held)
+    return gate
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -84,6 +124,61 @@ async def test_a_hostile_grammar_holds_nobody_up(compiler: GrammarCompiler) -> N
     for task in hostile:
         with pytest.raises(InvalidField):
             await task
+
+
+async def test_keys_take_turns(compiler: GrammarCompiler, gate: Gate) -> None:
+    """However many grammars of one key wait, another key's is next."""
+    many = [
+        asyncio.create_task(compiler.compile(GrammarSource("regex", f"[a-z]{{{n}}}"), MANY))
+        for n in range(1, 9)
+    ]
+    await gate.wait_for(1)
+    one = asyncio.create_task(compiler.compile(DIGITS, Share("one")))
+    await asyncio.sleep(0)  # it waits with the others
+    gate.open()
+    await asyncio.gather(one, *many)
+    assert gate.tried.index(in_llguidance(DIGITS)) == 1
+    assert len(gate.tried) == 9
+
+
+async def test_who_leaves_keeps_the_turn_until_the_work_is_over(
+    compiler: GrammarCompiler, gate: Gate
+) -> None:
+    """Otherwise one key could have as many as it likes for the price of none."""
+    gone = [
+        asyncio.create_task(compiler.compile(GrammarSource("regex", f"[a-z]{{{n}}}"), MANY))
+        for n in range(1, 5)
+    ]
+    await gate.wait_for(1)
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
+    one = asyncio.create_task(compiler.compile(DIGITS, Share("one")))
+    await asyncio.sleep(0)
+    gate.open()
+    assert isinstance(await one, CompiledGrammar)
+    assert len(gate.tried) == 2
+
+
+async def test_what_goes_on_waits_for_no_compilation(
+    compiler: GrammarCompiler, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.open()
+    grammar = await compiler.compile(DIGITS)
+    gate.opened.clear()
+    compiling = [asyncio.create_task(compiler.compile(LETTERS))]
+    await gate.wait_for(2)  # in the quick lane
+    monkeypatch.setattr(compiler._quick, "run", AsyncMock(side_effect=TooCostly))
+    compiling.append(asyncio.create_task(compiler.compile(GrammarSource("regex", "[a-f]"))))
+    await gate.wait_for(3)  # in the slow one
+    vocabulary = compiler._vocabulary
+    assert vocabulary is not None
+    digits = tuple(i for i in range(300) if vocabulary.tokens[i].isdigit())
+    delivered = DeliveredRequest({1: Delivered(digits)}, {}, {1: "path"}, {})
+    assert list(await compiler.replay(grammar, frozenset(), delivered)) == [1]
+    assert not any(task.done() for task in compiling)
+    gate.open()
+    await asyncio.gather(*compiling)
 
 
 async def test_the_same_grammar_again_costs_nothing(

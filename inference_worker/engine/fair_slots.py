@@ -1,4 +1,4 @@
-"""The places of an engine that a user brought: so many at once, and those who wait get them in fair order."""
+"""Places for work that not everybody can do at once: those who wait get them in fair order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from inference_worker.engine.fair_queue import FairQueue, Share
 
 
 class FairSlots:
-    """Used on the engine's own loop. Invariant: nobody waits while a place is free."""
+    """Used on one event loop. Invariant: nobody waits while a place is free."""
 
     def __init__(self, number: int) -> None:
         self._num_free = number
@@ -46,6 +46,6 @@ class FairSlots:
                 return
         self._num_free += 1
 
-    def charge(self, share: Share, tokens: int) -> None:
-        """Tokens were served."""
-        self._queue.charge(share, tokens)
+    def charge(self, share: Share, amount: int) -> None:
+        """So much was served: tokens, or whatever else is counted."""
+        self._queue.charge(share, amount)
