@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from inference_worker.engine.choice_output import ChoiceOutput
@@ -40,8 +41,7 @@ class Choice:
             self._push_text(piece)
         else:
             token = piece if isinstance(piece, Token) else Token(piece)
-            self._check(token)
-            self._push_token(token, None)
+            self._push_token(self._checked(token), None)
 
     def end(self, reason: FinishReason) -> tuple[Delta | None, Finished]:
         """The rest of its text, and its footer without usage; `reason` is why it ends if no stop sequence is why."""
@@ -84,7 +84,8 @@ class Choice:
         elif self.num_tokens >= stopping.max_tokens:
             self.reason = FinishReason.LENGTH
 
-    def _check(self, token: Token) -> None:
+    def _checked(self, token: Token) -> Token:
+        """With as many candidates as were asked for. Raises: BadPiece."""
         token_id, wanted = token.token_id, self._live.request.output.logprobs
         if type(token_id) is not int or not 0 <= token_id < self._vocabulary_size:
             raise BadPiece(
@@ -92,6 +93,7 @@ class Choice:
             )
         if wanted is not None and (token.logprob is None or len(token.top) < wanted):
             raise BadPiece(f"logprobs={wanted} was asked for, got {token!r}")
+        return replace(token, top=token.top[: wanted or 0])
 
 
 class _Decoder:

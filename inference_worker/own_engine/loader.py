@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Final
 
 from inference_worker.engine.observer import Observer
 from inference_worker.own_engine.features import refuse_unhonoured
 from inference_worker.own_engine.loop_thread import LoopThread
-from inference_worker.own_engine.protocol import FEATURES, EngineCard, OwnEngine
+from inference_worker.own_engine.protocol import (
+    FEATURES,
+    EngineCard,
+    OwnEngine,
+    SamplingParams,
+)
 from inference_worker.own_engine.thread import OpenEngine, OwnEngineThread
 from inference_worker.served_model import ModelInfo
 from inference_worker.settings import WorkerSettings
@@ -127,6 +132,7 @@ def _check_methods(engine: object, factory_name: str) -> None:
 def _check_card(card: EngineCard, tokenizer: Tokenizer) -> None:
     if not isinstance(card, EngineCard):
         raise EngineUnusable(f"initialize must give an EngineCard, got {_shorten(card)}")
+    _check_types(card)
     if unknown := sorted(card.honours - FEATURES):
         known = ", ".join(sorted(FEATURES))
         raise EngineUnusable(f"the card's honours: unknown {unknown[0]!r}; there are {known}")
@@ -137,6 +143,41 @@ def _check_card(card: EngineCard, tokenizer: Tokenizer) -> None:
         raise EngineUnusable(f"the card's eos_token_ids must be below {size}")
     if "ignore_eos" in card.honours and not card.eos_token_ids:
         raise EngineUnusable("the card's honours: ignore_eos needs eos_token_ids")
+
+
+def _check_types(card: EngineCard) -> None:
+    """What a card is made of comes from checkpoints, where anything may be missing."""
+    size = card.vocabulary_size
+    for name, numbers in (
+        ("context_length", [card.context_length]),
+        ("parameter_count", [card.parameter_count]),
+        ("vocabulary_size", [] if size is None else [size]),
+        ("eos_token_ids", _elements(card, "eos_token_ids")),
+    ):
+        for number in numbers:
+            if type(number) is not int:
+                raise EngineUnusable(f"the card's {name}: {_shorten(number)} is no whole number")
+    for name, texts in (
+        ("architecture", [card.architecture]),
+        ("dtype", [card.dtype]),
+        ("device", [card.device]),
+        ("honours", _elements(card, "honours")),
+    ):
+        for text in texts:
+            if not isinstance(text, str):
+                raise EngineUnusable(f"the card's {name}: {_shorten(text)} is no text")
+    sampling: object = card.default_sampling
+    if not isinstance(sampling, SamplingParams):
+        raise EngineUnusable(
+            f"the card's default_sampling: {_shorten(sampling)} is no SamplingParams"
+        )
+
+
+def _elements(card: EngineCard, name: str) -> Iterable[object]:
+    elements: object = getattr(card, name)
+    if not isinstance(elements, Set):
+        raise EngineUnusable(f"the card's {name}: {_shorten(elements)} is no set")
+    return elements
 
 
 def _describe(error: BaseException) -> str:

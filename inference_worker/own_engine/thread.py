@@ -195,7 +195,7 @@ class OwnEngineThread:
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._engine.close()
-        except Exception as error:
+        except BaseException as error:  # SystemExit, or what cancelling its own tasks raises
             get_logger().error("the engine's close failed", exc_info=error)
 
     async def _generate(self, running: RunningRequest, index: int) -> None:
@@ -328,7 +328,7 @@ class OwnEngineThread:
     async def _abort(self, request_id: str) -> None:
         try:
             await self._engine.abort(request_id)
-        except Exception as error:
+        except BaseException as error:  # SystemExit would end the loop, and with it all requests
             get_logger().error("the engine's abort failed", request_id=request_id, exc_info=error)
 
     def _report_late(self, running: RunningRequest, error: BaseException) -> None:

@@ -33,6 +33,8 @@ class Obedient:
         self.aborted: list[str] = []
         self.ended: list[tuple[str, int]] = []  # generators that are gone: request id, choice index
         self.is_closed = False
+        self.closes_badly = False
+        self.bad_end: type[BaseException] = RuntimeError
         self.may_go_on = threading.Event()
 
     async def initialize(self, settings: WorkerSettings) -> EngineCard:
@@ -60,10 +62,12 @@ class Obedient:
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         if request_id.startswith("bad-abort"):
-            raise RuntimeError("secret of abort")
+            raise self.bad_end("secret of abort")
 
     async def close(self) -> None:
         self.is_closed = True
+        if self.closes_badly:
+            raise self.bad_end("secret of close")
 
     async def _say(self, _: EngineRequest, text: str) -> AsyncIterator[Piece]:
         for word in text.split(" "):
@@ -76,7 +80,7 @@ class Obedient:
 
     async def _score(self, request: EngineRequest, _: str) -> AsyncIterator[Piece]:
         for token_id in (70, 71):
-            top = tuple(Candidate(i, -float(i)) for i in range(request.logprobs or 0))
+            top = tuple(Candidate(i, -float(i)) for i in range(5))  # more than anybody wants
             yield Token(token_id, -0.5, top)
 
     async def _endless(self, _: EngineRequest, __: str) -> AsyncIterator[Piece]:
@@ -179,6 +183,32 @@ class Cardless(Obedient):
 
 class Boastful(Obedient):
     honours = frozenset({"temprature"})  # type: ignore[arg-type]
+
+
+class Hanging(Obedient):
+    """Blocks for ever, as code does that waits for a device or a network that is not there."""
+
+    async def initialize(self, settings: WorkerSettings) -> EngineCard:
+        threading.Event().wait()
+        raise AssertionError
+
+
+class Endless(Obedient):
+    """Its model has no end-of-sequence token."""
+
+    async def initialize(self, settings: WorkerSettings) -> EngineCard:
+        return EngineCard(context_length=12, eos_token_ids=frozenset({None}))  # type: ignore[arg-type]
+
+
+class Shapeless(Obedient):
+    """Its model's config does not say how long a context may be."""
+
+    async def initialize(self, settings: WorkerSettings) -> EngineCard:
+        return EngineCard(context_length=None)  # type: ignore[arg-type]
+
+
+class Listing(Obedient):
+    honours = ["seed"]  # type: ignore[assignment]  # noqa: RUF012
 
 
 class Blocking(Obedient):

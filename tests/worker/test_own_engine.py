@@ -314,14 +314,20 @@ async def test_what_fails_fails_alone_and_tells_nothing(
         assert f"secret of {command.replace('raise', 'generate')}" in log
 
 
-async def test_a_failing_abort_is_the_logs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, asyncio.CancelledError])
+async def test_an_abort_or_close_that_fails_is_the_logs_alone(
+    error: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
     async with own_worker() as own:
+        own.engine.bad_end, own.engine.closes_badly = error, True
         call = own.stub.Generate(generate_request(text="silent", request_id="bad-abort"))
         await read_until(call, "started")
         call.cancel()
         await own.served.wait_idle()
         assert texts(await own.say("say x")) == {0: "x "}
-    assert "secret of abort" in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert "secret of abort" in log
+    assert "secret of close" in log
 
 
 async def test_it_takes_no_continuations_and_says_so() -> None:
@@ -375,6 +381,9 @@ async def test_the_model_is_described_and_the_settings_arrive() -> None:
         (f"{MODULE}:Leaving", "initialize failed: SystemExit: 3"),
         (f"{MODULE}:Cardless", "initialize must give an EngineCard"),
         (f"{MODULE}:Boastful", "unknown 'temprature'"),
+        (f"{MODULE}:Listing", "the card's honours: ['seed'] is no set"),
+        (f"{MODULE}:Endless", "the card's eos_token_ids: None is no whole number"),
+        (f"{MODULE}:Shapeless", "the card's context_length: None is no whole number"),
         (f"{MODULE}:Blocking", "initialize must be `async def`"),
         (f"{MODULE}:Awaiting", "generate must be an async generator"),
     ],

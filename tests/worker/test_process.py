@@ -29,7 +29,9 @@ from tests.worker.served_worker import (
     refusal_of,
     texts,
 )
-from tests.worker.worker_process import ready_worker, start_worker
+from tests.worker.worker_process import SCRIPTED, ready_worker, start_worker
+
+HANGING = ("-m", "inference_worker", "--engine", "tests.worker.own_engines:Hanging")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -194,8 +196,9 @@ async def test_a_crash_of_the_engine_ends_the_process() -> None:
         assert "the engine crashed" in worker.events()
 
 
-async def test_a_signal_while_loading_ends_the_process() -> None:
-    async with start_worker() as worker:
+@pytest.mark.parametrize("program", [SCRIPTED, HANGING], ids=["ours", "an engine that hangs"])
+async def test_a_signal_while_loading_ends_the_process(program: tuple[str, ...]) -> None:
+    async with start_worker(program=program) as worker:
         await worker.read_until("loading")
         worker.send(signal.SIGTERM)
         assert await worker.wait() == 0
