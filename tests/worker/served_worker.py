@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from inference_worker.engine.engine_thread import EngineThread
 from inference_worker.scripted_model import ScriptedRunner, ScriptedSettings, load_script
 from inference_worker.served_model import Served, ServedModel
 from inference_worker.server import Server
@@ -103,9 +104,16 @@ async def serve(served: Served, settings: WorkerSettings) -> AsyncIterator[Serve
             yield harness
             if not crashes:
                 await harness.wait_idle()
+                _check_blocks(worker)
     finally:
         await server.stop()
         await worker.close()
+
+
+def _check_blocks(worker: Worker) -> None:
+    """Of an idle worker: no block is lost, and none owned twice."""
+    if isinstance(worker._engine, EngineThread):
+        worker._engine._engine.check()
 
 
 def generate_request(**fields: Any) -> pb.GenerateRequest:
