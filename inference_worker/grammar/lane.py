@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from inference_worker.engine.fair_queue import Share
 from inference_worker.engine.fair_slots import FairSlots
 
 T = TypeVar("T")
+
+# llguidance compiles by recursion, and a stack that is too small ends the process. A thread's own one depends on
+# `ulimit -s`, and is small where that says unlimited. Twice of what the trial has.
+STACK_BYTES: Final = 8 * 1024 * 1024
 
 
 class Lane:
@@ -24,6 +29,9 @@ class Lane:
     def __init__(self, name: str) -> None:
         """`name` is the thread's."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        before = threading.stack_size(STACK_BYTES)
+        self._thread.submit(int).result()  # begins the thread
+        threading.stack_size(before)
         self._turns = FairSlots(1)
 
     async def run(self, share: Share, work: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 _MEMORY_BYTES = (
     1024 * 1024 * 1024
 )  # address space of the whole process, a tenth of it before the first grammar
-# Half of what threads usually have: whatever fits here, fits in the worker.
+# Half of what the threads have that compile in the worker: whatever fits here, fits there.
 _STACK_BYTES = 4 * 1024 * 1024
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 from unittest.mock import AsyncMock
 
 import psutil
@@ -22,8 +25,10 @@ from inference_worker.engine.grammar import GrammarFailed
 from inference_worker.errors import InvalidField, UnsupportedField
 from inference_worker.grammar.compiled import CompiledGrammar
 from inference_worker.grammar.compiler import CompilerLimits, GrammarCompiler, in_llguidance
+from inference_worker.grammar.lane import STACK_BYTES
 from inference_worker.grammar.source import GrammarSource
 from inference_worker.grammar.trial import TooCostly, Trial
+from inference_worker.grammar.trial_process import _STACK_BYTES
 from inference_worker.tokenizer import Tokenizer
 from tests.patience import PATIENCE
 from tests.worker.grammar.hostile import ENDLESS, LAZY, REFUSED
@@ -260,6 +265,34 @@ async def test_a_process_that_died_is_replaced(
     trial.wait(5)
     await compiler.compile(GrammarSource("regex", "[a-z]+"))
     assert len(trials) == 2
+
+
+def test_what_has_passed_the_trial_fits_into_the_workers_stack() -> None:
+    """Also where `ulimit -s` leaves other threads next to none."""
+    assert STACK_BYTES >= 2 * _STACK_BYTES
+    program = """
+        import asyncio
+        from llguidance import LLMatcher, LLTokenizer
+        from inference_worker.engine.fair_queue import Share
+        from inference_worker.grammar.lane import Lane
+        from inference_worker.grammar.trial import Trial
+
+        rules = "start: r0\\n" + "".join(f"r{i}: r{i + 1}\\n" for i in range(1200)) + 'r1200: "a"'
+        grammar = LLMatcher.grammar_from_lark(rules)
+        trial = Trial(60)
+        assert trial.run(grammar) == ""
+        trial.close()
+        compiling = Lane("lane").run(Share(), lambda: LLMatcher.validate_grammar(grammar))
+        assert asyncio.run(compiling) == ""
+    """
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -s 1024; exec "$@"', "sh", sys.executable, "-c", dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 async def test_a_tokenizer_without_fixed_bytes_has_no_grammars(tmp_path: Path) -> None:
