@@ -153,7 +153,12 @@ class PromptReader:
 
     def _run(self, work: Callable[[], T], size: int) -> asyncio.Future[T]:
         threads = self._small if size <= _SMALL_BYTES else self._large
-        return asyncio.get_running_loop().run_in_executor(threads, work)
+        # An executor keeps what was cancelled in its queue until its turn comes: not the prompt, though, nor whoever
+        # it is for.
+        waiting = [work]
+        future = asyncio.get_running_loop().run_in_executor(threads, lambda: waiting[0]())
+        future.add_done_callback(lambda _: waiting.clear())
+        return future
 
     def _read(self, prompt: pb.Prompt, path: str, max_bytes: int | None = None) -> list[int]:
         match prompt.WhichOneof("input"):
