@@ -28,7 +28,8 @@ struct Pool {
     /* Written by the owner before `left`; stable while a part that was taken is not done. */
     Part task;
     const void *pass;
-    _Alignas(64) atomic_int_fast64_t left; /* parts that nobody has taken; part left - 1 is the next */
+    int64_t parts; /* taken in order: what is fetched ahead of a part is the beginning of the next */
+    _Alignas(64) atomic_int_fast64_t left; /* parts that nobody has taken */
     _Alignas(64) atomic_int_fast64_t undone;
     _Alignas(64) atomic_int is_active; /* a pass is under way: helpers look for parts and do not sleep */
     int is_over;                       /* guarded by the lock, as is every change of is_active */
@@ -55,7 +56,7 @@ static int take_parts(Pool *pool, int64_t worker) {
         if (!atomic_compare_exchange_weak_explicit(&pool->left, &left, left - 1, memory_order_acquire,
                                                    memory_order_relaxed))
             continue;
-        pool->task(pool->pass, left - 1, worker);
+        pool->task(pool->pass, pool->parts - left, worker);
         atomic_fetch_sub_explicit(&pool->undone, 1, memory_order_release);
         has_worked = 1;
         left = atomic_load_explicit(&pool->left, memory_order_relaxed);
@@ -90,6 +91,7 @@ static void share(Pool *pool, Part task, const void *pass, int64_t parts) {
     }
     pool->task = task;
     pool->pass = pass;
+    pool->parts = parts;
     atomic_store_explicit(&pool->undone, parts, memory_order_relaxed);
     atomic_store_explicit(&pool->left, parts, memory_order_release);
     take_parts(pool, 0);
