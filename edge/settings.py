@@ -177,8 +177,10 @@ class EdgeSettings(BaseSettings):
         description="Silence after which a stream gets a `: ping`.",
         json_schema_extra=unit("seconds"),
     )
+    # A worker lets in or refuses at once, so what takes long is most likely the overload that a status had better tell.
+    # Proxies are patient for longer: nginx and AWS's balancers for 60 seconds.
     first_message_seconds: float = Field(
-        5,
+        15,
         gt=0,
         le=3600,
         description="Time to wait for the worker's first message before a stream's 200 goes out"
