@@ -37,6 +37,7 @@ _HERE = Path(__file__).parent
 _LONGEST = (
     "test_soak.py",
     "integration/test_failover.py",
+    "integration/test_failover_scripted.py",
     "integration/test_vanishing_clients.py",
     "integration/test_awq.py",
     "clients/test_lm_eval.py",

@@ -18,7 +18,7 @@ UNITS = {"KiB": 1024, "MiB": 1024**2}
 REQUEST_LIMITS = "worker/test_request_limits.py::test_one_too_many_is_refused"
 HTTP_LIMITS = "edge/test_limits.py::test_one_too_many_is_refused"
 ATTACKS = "worker/test_grpc_attacks.py::test_"
-KEPT = "worker/test_resume.py::test_"
+KEPT = "worker/test_resume_window.py::test_"
 TESTS: dict[tuple[str, str], str] = {
     ("edge", "max_body_bytes"): HTTP_LIMITS,
     ("edge", "max_bodies_bytes"): "edge/test_limits.py::test_large_bodies_share_a_limit",
@@ -72,7 +72,7 @@ TESTS: dict[tuple[str, str], str] = {
     ): "worker/test_constraints.py::test_what_takes_too_long_to_compile",
     ("worker", "grammar_token_ms"): "worker/test_constraints.py::test_what_takes_too_long_at_its",
     ("worker", "max_resume_seconds"): f"{KEPT}a_window_is_cut_to_the_workers",
-    ("worker", "replay_messages"): f"{KEPT}who_asks_for_what_is_gone",
+    ("worker", "replay_messages"): "worker/test_resume.py::test_who_asks_for_what_is_gone",
     ("worker", "replay_bytes"): f"{KEPT}streams_and_bytes_are_bounded",
     ("worker", "replay_streams"): f"{KEPT}streams_and_bytes_are_bounded",
     ("worker", "replay_total_bytes"): f"{KEPT}streams_and_bytes_are_bounded",

@@ -8,11 +8,22 @@ from pytest_asyncio import is_async_test
 
 from edge.api_keys import ApiKey, digest_of, line_of
 from tests.clients import node_clients as node
+from tests.clients.browser import browser, slow_visit, visit
 from tests.clients.installation import INSTALL_SECONDS
 from tests.edge.fixtures import edge, http, shared_edge, shared_worker, target, worker
 from tests.integration.stack import LoggedProcess, Stack
 
-__all__ = ["edge", "http", "shared_edge", "shared_worker", "target", "worker"]
+__all__ = [
+    "browser",
+    "edge",
+    "http",
+    "shared_edge",
+    "shared_worker",
+    "slow_visit",
+    "target",
+    "visit",
+    "worker",
+]
 
 _HERE = Path(__file__).parent
 

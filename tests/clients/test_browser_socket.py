@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from edge.api_keys import ApiKey, digest_of, line_of
-from tests.clients.test_playground import ARGUMENTS, CHROMIUM, PATIENCE_MS
+from tests.clients.browser import ARGUMENTS, CHROMIUM, PATIENCE_MS
 from tests.integration.stack import PATIENCE, LoggedProcess, Stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -1,107 +1,20 @@
-"""The playground in a real browser, before real processes."""
+"""The playground in a real browser, before real processes: what is asked, answered, stopped, refused and kept."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from edge.api_keys import ApiKey, digest_of, line_of
+from tests.clients.browser import PATIENCE_MS, STORY, Visit
 from tests.integration.stack import PATIENCE, LoggedProcess, Stack, running_stack
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-
-# Nothing but the page under test reaches for the network.
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-]
-PATIENCE_MS = PATIENCE * 1000
-
-Page = Any
-STORY = "Tell me a short story"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page open in a browser of its own, and what it did behind the scenes."""
-
-    def __init__(self, browser: Any, url: str, script: str = "") -> None:
-        """`script` runs before the page's own."""
-        self.context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-        self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", self._note)
-        self.page.add_init_script(script)
-        self.page.goto(url)
-        self.page.wait_for_selector(".light[data-state=ready]")
-
-    def _note(self, message: Any) -> None:
-        # a status above 399 is told on the console too, and is no fault of the page
-        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
-            self.complaints.append(message.text)
-
-    def ask(self, text: str) -> None:
-        self.page.fill("#question", text)
-        self.page.press("#question", "Enter")
-
-    def wait_written(self) -> None:
-        self.page.wait_for_selector("#send:visible")
-
-    def regenerate(self, act: Callable[[], None]) -> None:
-        """Do it, and wait for the answer that takes the last one's place."""
-        self.page.evaluate(
-            "document.querySelectorAll('.answer')[0].parentNode.lastChild.id = 'old'"
-        )
-        act()
-        self.page.wait_for_selector("#old", state="detached")
-        self.wait_written()
-
-    def answer(self) -> str:
-        return str(self.page.locator(".answer-body").last.inner_text())
-
-
-@contextmanager
-def visiting(browser: Any, stack: Stack) -> Iterator[Visit]:
-    visit = Visit(browser, stack.url)
-    yield visit
-    assert visit.complaints == []
-    assert [url for url in visit.requests if not url.startswith(stack.url)] == []
-    visit.context.close()
-    stack.wait_idle()
-
-
-@pytest.fixture
-def visit(browser: Any, stack: Stack) -> Iterator[Visit]:
-    with visiting(browser, stack) as visit:
-        yield visit
-
-
-@pytest.fixture
-def slow_visit(browser: Any, slow_stack: Stack) -> Iterator[Visit]:
-    """Where an answer lasts for a minute, and one other caller makes the server full."""
-    with visiting(browser, slow_stack) as visit:
-        yield visit
 
 
 def test_an_answer_grows_on_the_page(slow_visit: Visit) -> None:
@@ -232,6 +145,7 @@ def test_a_full_server_is_told_in_words_with_a_countdown(
         notice.wait_for()
         told = notice.inner_text()
     assert re.search(r"The server is busy: .+ Trying again in \d s\.", told)
+    sync_api = pytest.importorskip("playwright.sync_api")
     with contextlib.suppress(sync_api.TimeoutError):  # it has tried by itself
         visit.page.click("text=Try now", timeout=1000)
     visit.wait_written()
@@ -289,121 +203,6 @@ def test_an_answer_survives_the_death_of_its_edge(browser: Any) -> None:
         assert visit.page.locator(".answer-body").last.inner_text().strip() == (SCRIPT * 8).strip()
         assert visit.complaints == []
         visit.context.close()
-
-
-def test_spaces_and_lines_are_shown_exactly(visit: Visit) -> None:
-    text = "Repeat  after   me:\n\n\n    four\tfields"
-    visit.ask(text)
-    visit.wait_written()
-    assert visit.page.locator(".question").inner_text() == text
-    shown = visit.page.evaluate(
-        """async (text) => { const {parseBlocks, renderBlock} = await import('/static/markdown.js');
-        const body = document.createElement('div'); body.className = 'formatted';
-        body.append(...parseBlocks(text).map(renderBlock)); document.body.append(body);
-        const lines = [...body.children].map((child) => child.textContent); body.remove(); return lines; }""",
-        text,
-    )
-    assert shown == ["Repeat  after   me:", "", "", "    four\tfields"]
-    visit.page.click("text=Plain")
-    code = "Show me Python code that prints hello"
-    visit.ask(code)
-    visit.wait_written()
-    assert '    print("hello")\n\n\nmain()' in visit.answer()
-
-
-HOSTILE = [
-    "<script>window.hit = 1</script>",
-    "<img src=x onerror='window.hit = 1'>",
-    "[click](javascript:window.hit=1)",
-    '[click]( https://a.example/"onmouseover=window.hit=1 )',
-    "![pixel](https://evil.example/p.png)",
-    "`<b>` **<i onclick=x>bold</i>** _<u>em</u>_",
-    "```<script>\n</code></pre><script>window.hit = 1</script>\n```",
-    "| <svg onload=window.hit=1> | b |\n|---|---|\n| <iframe src=//evil> | d |",
-    "> <style>*{display:none}</style>\n- <form action=//evil>\n# <object data=x>",
-    "https://a.example/<script> http://b.example\u2028\u202e",
-    "*" * 3000 + "_" * 3000 + "[" * 3000,
-]
-
-
-def test_no_text_becomes_markup(visit: Visit) -> None:
-    found = visit.page.evaluate(
-        """async (texts) => { const {parseBlocks, renderBlock} = await import('/static/markdown.js');
-        const body = document.createElement('div'); document.body.append(body);
-        for (const text of texts) body.append(...parseBlocks(text).map(renderBlock));
-        const all = [...body.querySelectorAll('*')];
-        const result = { names: [...new Set(all.map((one) => one.localName))],
-          attributes: [...new Set(all.flatMap((one) => one.getAttributeNames()))],
-          links: all.filter((one) => one.href).map((one) => one.protocol), hit: window.hit ?? 0,
-          script: body.textContent.includes('<script>window.hit = 1</script>') };
-        body.remove(); return result; }""",
-        HOSTILE,
-    )
-    allowed = "p div strong em s code pre a figure figcaption button table tbody tr th td"
-    assert set(found["names"]) <= {*allowed.split(), "blockquote", "ul", "ol", "li", "span", "hr"}
-    assert set(found["attributes"]) <= {
-        *("class", "data-level", "role", "aria-level", "type", "tabindex"),
-        *("href", "rel", "target", "title"),
-    }
-    assert set(found["links"]) <= {"http:", "https:"}
-    assert found["hit"] == 0
-    assert found["script"]
-
-
-def test_the_policy_stops_what_is_not_ours(visit: Visit) -> None:
-    """Should markup get in one day, nothing of it would run or be fetched."""
-    blocked = visit.page.evaluate(
-        """async () => { const seen = [];
-        document.addEventListener('securitypolicyviolation', (event) => seen.push(event.effectiveDirective));
-        const script = document.createElement('script');
-        try { script.textContent = 'window.hit = 1'; document.body.append(script); } catch { seen.push('script'); }
-        const image = document.createElement('img'); image.src = 'https://evil.example/p.png';
-        document.body.append(image);
-        await fetch('https://evil.example/').catch(() => {});
-        try { document.body.innerHTML = '<b>x</b>'; } catch { seen.push('innerHTML'); }
-        const all = ['img-src', 'connect-src', 'innerHTML'];
-        for (let left = 600; left && !all.every((one) => seen.includes(one)); left--)
-          await new Promise((resolve) => setTimeout(resolve, 100));
-        return { seen, hit: window.hit ?? 0 }; }"""
-    )
-    assert blocked["hit"] == 0
-    assert {"img-src", "connect-src", "innerHTML"} <= set(blocked["seen"])
-    visit.complaints.clear()  # the violations, which were the point
-    visit.requests.clear()
-
-
-def test_token_probabilities_by_pointer_and_by_keys(visit: Visit) -> None:
-    page = visit.page
-    visit.ask("Count to 10")
-    visit.wait_written()
-    page.click("text=Tokens")
-    assert page.locator(".token").first.is_visible()
-    texts = page.locator(".token").all_text_contents()
-    assert "".join(texts) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10"
-    page.hover(".token >> nth=0")
-    box = page.locator("#candidates")
-    box.wait_for()
-    assert box.locator("tr").count() >= 5
-    assert box.locator(".drawn td").first.inner_text() == "1"
-    page.mouse.move(0, 0)
-    page.focus(".tokens")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    assert box.locator(".drawn td").first.inner_text() == texts[1].replace(" ", "␣")
-
-
-def test_a_phone_shows_everything_without_scrolling_sideways(browser: Any, stack: Stack) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 700}, color_scheme="dark")
-    page = context.new_page()
-    page.goto(stack.url)
-    page.wait_for_selector(".light[data-state=ready]")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    page.click("#open-settings")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    page.fill("[name=temperature]", "0.5")
-    page.click("#close-settings")
-    assert page.locator("#question").is_visible()
-    context.close()
 
 
 def test_a_key_is_asked_for_used_and_forgotten_with_the_tab(browser: Any, stack: Stack) -> None:

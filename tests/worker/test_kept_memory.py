@@ -19,8 +19,8 @@ from inference_worker.resume_terms import read_terms
 from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.patience import PATIENCE
+from tests.worker.kept_calls import window
 from tests.worker.served_worker import generate_request
-from tests.worker.test_resume import window
 
 
 def parkable_stream(generate: Generate, **limits: Any) -> tuple[KeptStream, KeptStreams]:

@@ -28,6 +28,7 @@ from inference_worker.settings import WorkerSettings
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.metrics_text import Scrape
 from tests.patience import PATIENCE
+from tests.worker.kept_calls import ENDLESS, SLOW, begin, numbers, resume, window
 from tests.worker.served_worker import (
     Call,
     ServedWorker,
@@ -50,7 +51,6 @@ from tests.worker.test_continuation import (
     stops,
     tiny_llama,
 )
-from tests.worker.test_resume import ENDLESS, SLOW, begin, numbers, resume, window
 
 # Milliseconds of a step: what is to be left before its end takes seconds, and then `set_pace(0)` ends it at once.
 LEISURELY = 50

@@ -9,6 +9,7 @@ import grpc.aio
 
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.patience import PATIENCE
+from tests.worker.kept_calls import begin, kept, numbers, resume, window
 from tests.worker.served_worker import (
     Call,
     Refusal,
@@ -18,7 +19,6 @@ from tests.worker.served_worker import (
     reasons,
     serve_script,
 )
-from tests.worker.test_resume import begin, kept, numbers, resume, window
 
 SLOW: dict[str, Any] = {"step_milliseconds": 20}
 STORM = 200

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.worker.model.c_library import c_library
+from tests.worker.model.draws import scans
+
+__all__ = ["scans"]
 
 
 @pytest.fixture(autouse=True, scope="package")
