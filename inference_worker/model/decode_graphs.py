@@ -66,7 +66,11 @@ def new_capture(device: torch.device) -> Capture | None:
 
 
 class DecodeGraphs:
-    """A forward pass over decode rows alone, captured for some numbers of rows."""
+    """A forward pass over decode rows alone, captured for some numbers of rows.
+
+    A graph knows where what it reads lies, and keeps nothing alive: all that it reads and has not made itself, the
+    weights included, is held here.
+    """
 
     @torch.inference_mode()
     def __init__(
@@ -83,6 +87,7 @@ class DecodeGraphs:
         Takes the time and memory of the captures. Raises: torch.OutOfMemoryError.
         """
         began = time.monotonic()
+        self._forward = forward
         self._cache = cache
         self._sizes = sizes(max_rows)
         most = self._sizes[-1]
@@ -91,13 +96,14 @@ class DecodeGraphs:
         self._rows = torch.zeros(most * _ROW_BYTES, dtype=torch.uint8, device=cache.device)
         self._table = torch.zeros(most, width, dtype=torch.int32, device=cache.device)
         self._known_table: Int32Array = np.zeros((0, 0), dtype=np.int32)  # what _table begins with
+        self._wanted = torch.arange(most, device=cache.device)
         self._logits: torch.Tensor | None = None  # [most, vocabulary]
         self._batches: dict[int, Batch] = {}
         self._graphs: dict[int, Callable[[], None]] = {}
         for size in reversed(self._sizes):  # the biggest first: the others fit in its memory
             self._batches[size] = self._make_batch(size)
             self._fill_rows(size, [])
-            self._graphs[size] = capture(self._computation(forward, size))
+            self._graphs[size] = capture(self._computation(size))
         self.seconds = time.monotonic() - began
 
     def __str__(self) -> str:
@@ -136,9 +142,8 @@ class DecodeGraphs:
         rows = DecodeRows(self._cache, 0, lengths, self._table[:size], (0, self._max_length))
         return Batch(self._cache, input_ids, positions, slots, [rows], [])
 
-    def _computation(self, forward: Forward, size: int) -> Callable[[], None]:
-        batch = self._batches[size]
-        wanted = torch.arange(size, device=self._cache.device)
+    def _computation(self, size: int) -> Callable[[], None]:
+        forward, batch, wanted = self._forward, self._batches[size], self._wanted[:size]
         if self._logits is None:
             self._logits = torch.empty_like(forward(batch, wanted))
         out = self._logits[:size]

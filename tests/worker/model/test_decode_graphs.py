@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from inference_worker.model.batch import Batch, Span, pack
 from inference_worker.model.decode_graphs import DecodeGraphs, call_again, sizes
@@ -45,6 +50,31 @@ class SumForward:
     def sum_of_row(kept: torch.Tensor, blocks: torch.Tensor, length: int) -> int:
         at = torch.arange(length)
         return int(kept[blocks[at // BLOCK].long() * BLOCK + at % BLOCK].sum()) * 7 + 3
+
+
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the memory that torch's operations are given and that none of them has made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[int, Any] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten.lift_fresh.default:  # of a literal, which a capture copies
+            for at, memory in _memory_of((args, kwargs)):
+                if at not in self._made:
+                    self.found.setdefault(at, StorageWeakRef(memory))  # type: ignore[no-untyped-call]
+        result = func(*args, **(kwargs or {}))
+        self._made |= {at for at, _ in _memory_of(result)} - self.found.keys()
+        return result
+
+
+def _memory_of(values: object) -> list[tuple[int, torch.UntypedStorage]]:
+    tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    return [(x.untyped_storage()._cdata, x.untyped_storage()) for x in tensors]
 
 
 def row_views(rows) -> list[tuple[torch.Tensor, int]]:  # type: ignore[no-untyped-def]
@@ -122,6 +152,23 @@ def test_what_is_captured_depends_on_its_input_tensors_alone(cache: KVCache) -> 
     assert again is batch
     assert inputs == [x.data_ptr() for x in (again.input_ids, again.positions, again.slots)]
     assert not torch.equal(got, graphs.logits(again, 3))
+
+
+def test_what_is_captured_reads_nothing_that_is_gone_by_then(cache: KVCache) -> None:
+    """As a CUDA graph, which knows addresses alone, the capture keeps nothing of what it ran."""
+    reads = Reads()
+
+    def capture(compute: Callable[[], None]) -> Callable[[], None]:
+        with reads:
+            compute()
+        return lambda: None
+
+    graphs = DecodeGraphs(SumForward(), cache, max_rows=3, max_length=MAX_LENGTH, capture=capture)
+    gc.collect()
+    # the rows, their table, the indices of the wanted ones, the cache, and where the logits go
+    assert len(reads.found) == 5
+    assert [memory.expired() for memory in reads.found.values()] == [False] * 5
+    assert graphs.batch([Span([5, 6], 1, 2, [3])]) is not None  # they were kept until here
 
 
 def test_other_batches_are_left_to_the_forward_pass(cache: KVCache) -> None:
