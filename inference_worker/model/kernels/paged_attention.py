@@ -47,7 +47,8 @@ def decode_attention(
     `splits` is how many parts a row is cut into, by default `num_splits`.
 
     What is launched depends on shapes alone, never on `lengths`, so it can be captured in a CUDA graph. The same input
-    gives the same bits, and another number of splits may give others.
+    gives the same bits, and another number of splits may give others. Triton compiles one variant for rows that are cut
+    and one for rows that are not, but none for a number of rows, splits or blocks: every stream would wait for it.
 
     Raises: ValueError for shapes, dtypes or layouts that do not fit together.
     """
@@ -73,7 +74,7 @@ def decode_attention(
     value_width = max(_LEAST, triton.next_power_of_2(value_dim))
     tile = _TILE_BYTES // ((key_width + value_width) * query.element_size())
     tile = max(_LEAST, 1 << (min(tile, _TILE).bit_length() - 1))
-    cuts = {"WINDOW": window or 0, "SPLITS": splits, "TILE": tile}
+    cuts = {"WINDOW": window or 0, "TILE": tile}
     _attend[(rows, num_kv_heads, splits)](
         query,
         key_cache,
@@ -85,6 +86,7 @@ def decode_attention(
         sums,
         scale,
         block_table.stride(0),
+        splits,
         KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_WIDTH=max(_LEAST, triton.next_power_of_2(group)),
@@ -95,6 +97,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         SOFTCAP=softcap or 0.0,
         SINKS=sinks is not None,
+        IS_WHOLE=splits == 1,
         **cuts,
         num_warps=4,
         num_stages=2,
@@ -106,10 +109,11 @@ def decode_attention(
             lengths,
             out if sinks is None else sinks,
             out,
+            splits,
             HEADS=num_heads,
             VALUE_DIM=value_dim,
             VALUE_WIDTH=value_width,
-            SPLITS_WIDTH=triton.next_power_of_2(splits),
+            SPLITS_WIDTH=max(_MOST_SPLITS, triton.next_power_of_2(splits)),
             SINKS=sinks is not None,
             **cuts,
             num_warps=4,
@@ -120,7 +124,8 @@ def decode_attention(
 def num_splits(num_pairs: int, most_tokens: int, processors: int) -> int:
     """Parts to cut each row into: enough programs for two a processor, but no part below two tiles in a full row.
 
-    `num_pairs` is rows times key heads. A power of two, so that few variants are compiled.
+    `num_pairs` is rows times key heads. A power of two, so that few numbers of splits, each of which rounds in its own
+    way, ever occur.
     """
     wanted = -(-2 * processors // max(1, num_pairs))
     most = max(1, min(wanted, most_tokens // (2 * _TILE), _MOST_SPLITS))
@@ -162,19 +167,19 @@ def _check(
 @triton.jit
 def _cut(
     length,
+    splits,
     WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """A row's first visible token, and the tokens of each part: whole tiles, as few as the splits need."""
     begin = length * 0
     if WINDOW > 0:
         begin = tl.maximum(length - WINDOW, 0)
-    size = tl.cdiv(tl.cdiv(length - begin, TILE), SPLITS) * TILE
+    size = tl.cdiv(tl.cdiv(length - begin, TILE), splits) * TILE
     return begin, size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _attend(
     query,
     key_cache,
@@ -186,6 +191,7 @@ def _attend(
     sums,
     scale,
     table_stride,
+    splits,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_WIDTH: tl.constexpr,
@@ -196,17 +202,20 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program a row, key head and part. Invariant of the loop: `maximum`, `total` and `attended` are the softmax's
-    maximum, denominator and numerator over the tokens so far, as powers of two."""
+    """One program a row, key head and part, which is the row where rows are whole.
+
+    Invariant of the loop: `maximum`, `total` and `attended` are the softmax's maximum, denominator and numerator over
+    the tokens so far, as powers of two.
+    """
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + row)
-    begin, size = _cut(length, WINDOW, SPLITS, TILE)
+    begin, size = _cut(length, splits, WINDOW, TILE)
     first = begin + split * size
     last = tl.minimum(first + size, length)
 
@@ -255,51 +264,51 @@ def _attend(
         attended += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         maximum = higher
 
-    if SPLITS == 1 and SINKS:
+    if IS_WHOLE and SINKS:
         sink = tl.load(sinks + kv_head * GROUP + member, mask=is_head, other=0.0)
         sink = sink.to(tl.float32) * _LOG2_E
         higher = tl.maximum(maximum, sink)
         shrink = tl.exp2(maximum - higher)
         total = total * shrink + tl.exp2(sink - higher)
         attended = attended * shrink[:, None]
-    if (SPLITS == 1) | (first < last):
-        part = head * SPLITS + split
+    if IS_WHOLE | (first < last):
+        part = head * splits + split
         attended = attended / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(
             parts + part[:, None] * VALUE_DIM + value_column[None, :],
             attended.to(parts.dtype.element_ty),
             mask=is_head[:, None] & (value_column < VALUE_DIM)[None, :],
         )
-        if SPLITS > 1:
+        if not IS_WHOLE:
             tl.store(sums + part, maximum + tl.log2(total), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join(
     parts,
     sums,
     lengths,
     sinks,
     out,
+    splits,
     HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     SPLITS_WIDTH: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program a row and head: the parts that hold tokens, each weighted by its share of the denominator."""
     row = tl.program_id(0)
     head = row.to(tl.int64) * HEADS + tl.program_id(1)
     length = tl.load(lengths + row)
-    begin, size = _cut(length, WINDOW, SPLITS, TILE)
+    begin, size = _cut(length, splits, WINDOW, TILE)
     split = tl.arange(0, SPLITS_WIDTH)
     column = tl.arange(0, VALUE_WIDTH)
     # later parts were not written
-    holds = (split < SPLITS) & (begin + split * size < length)
-    logs = tl.load(sums + head * SPLITS + split, mask=holds, other=-float("inf"))
+    holds = (split < splits) & (begin + split * size < length)
+    logs = tl.load(sums + head * splits + split, mask=holds, other=-float("inf"))
     maximum = tl.max(logs, 0)
     if SINKS:
         sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * _LOG2_E
@@ -311,7 +320,7 @@ def _join(
     if SINKS:
         total += tl.exp2(sink - maximum)
     values = tl.load(
-        parts + (head * SPLITS + split)[:, None] * VALUE_DIM + column[None, :],
+        parts + (head * splits + split)[:, None] * VALUE_DIM + column[None, :],
         mask=holds[:, None] & (column < VALUE_DIM)[None, :],
         other=0.0,
     )
