@@ -15,10 +15,11 @@ from inference_worker.model.kernels import num_processors
 
 MAX_GEMV_ROWS = 16
 _COLUMNS_OF_A_WORD = 8
-# Columns of weights that one program holds: 64 bytes of each row, which is what memory is read in.
-_COLUMNS = 128
-# Rows that it holds when it dequantizes.
+# Words of a row that one program multiplies: 128 bytes, a line of the caches.
+_WORDS = 32
+# Rows and columns of the weights that one program dequantizes.
 _ROWS = 32
+_COLUMNS = 128
 # Fewest rows of a matrix product on tensor cores.
 _LEAST_ROWS = tl.constexpr(16)
 _MOST_SPLITS = 16
@@ -46,11 +47,12 @@ def w4a16_gemv(
     if not x.is_contiguous():
         raise ValueError("x is not contiguous")
     rows, num_groups = len(x), len(scales)
-    columns = triton.cdiv(num_out, _COLUMNS)
-    splits = min(num_groups, _MOST_SPLITS, triton.cdiv(2 * num_processors(x.device), columns))
+    parts_of_a_row = triton.cdiv(qweight.shape[1], _WORDS)
+    wanted = triton.cdiv(2 * num_processors(x.device), parts_of_a_row)
+    splits = min(num_groups, _MOST_SPLITS, wanted)
     out = x.new_empty(rows, num_out)
     parts = out if splits == 1 else out.new_empty(splits, rows, num_out, dtype=torch.float32)
-    _gemv[(columns, splits)](
+    _gemv[(parts_of_a_row, splits)](
         x,
         qweight,
         scales,
@@ -61,8 +63,8 @@ def w4a16_gemv(
         OUT=num_out,
         GROUP=group_size,
         GROUPS_OF_A_SPLIT=triton.cdiv(num_groups, splits),
-        COLUMNS=_COLUMNS,
-        num_warps=8,
+        WORDS=_WORDS,
+        num_warps=4,
         num_stages=3,
     )
     if splits > 1:
@@ -132,7 +134,7 @@ def _nibbles(words, COLUMNS: tl.constexpr):
     return ((spread >> shift[None, :]) & 15 | 0x4B000000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gemv(
     x,
     qweight,
@@ -144,16 +146,19 @@ def _gemv(
     OUT: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_OF_A_SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """One program some columns and a split's groups, each group one matrix product."""
+    """One program some words of each row and a split's groups.
+
+    The n-th nibbles of the words are a matrix of their own, of every eighth column: so no nibble has to go to another
+    thread, and but for a shift by half a word each stays where it is in its word, times a power of 16.
+    """
     split = tl.program_id(1)
     row = tl.arange(0, _LEAST_ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    word = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-    inside = column < OUT
-    is_word = (word < OUT // 8)[None, :]
-    total = tl.zeros([_LEAST_ROWS, COLUMNS], tl.float32)
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    is_word = word < OUT // 8
+    nothing = tl.zeros([_LEAST_ROWS, WORDS], tl.float32)
+    totals = (nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
     first = split * GROUPS_OF_A_SPLIT
     for group in range(first, tl.minimum(first + GROUPS_OF_A_SPLIT, IN // GROUP)):
         entry = group * GROUP + tl.arange(0, GROUP)
@@ -162,24 +167,44 @@ def _gemv(
         )
         words = tl.load(
             qweight + entry.to(tl.int64)[:, None] * (OUT // 8) + word[None, :],
-            mask=is_word,
+            mask=is_word[None, :],
             other=0,
         )
-        zeros = tl.load(qzeros + group * (OUT // 8) + word[None, :], mask=is_word, other=0)
-        scale = tl.load(scales + group * OUT + column, mask=inside, other=0.0).to(tl.float32)
-        # exact: both are 2^23 and a nibble
-        weights = _nibbles(words, COLUMNS) - _nibbles(zeros, COLUMNS)
-        product = tl.dot(inputs, weights.to(inputs.dtype), input_precision="ieee")
-        total += product * scale[None, :]
-    place = (split * rows + row)[:, None] * OUT + column[None, :]
-    tl.store(
-        parts + place,
-        total.to(parts.dtype.element_ty),
-        mask=(row < rows)[:, None] & inside[None, :],
-    )
+        zeros = tl.load(qzeros + group * (OUT // 8) + word, mask=is_word, other=0)
+        halves = (words, words >> 16)
+        zero_halves = (zeros, zeros >> 16)
+        first_scale = scales + group * OUT + word * 8
+        sums = ()
+        for place in tl.static_range(8):
+            # exact: 2^23 and a nibble each, and in 16 bits their difference times 16^3 at most
+            weights = _nibble(halves[place // 4], place % 4)
+            weights -= _nibble(zero_halves[place // 4], place % 4)[None, :]
+            scale = tl.load(first_scale + _column(place), mask=is_word, other=0.0).to(tl.float32)
+            product = tl.dot(inputs, weights.to(inputs.dtype), input_precision="ieee")
+            sums += (totals[place] + product * (scale / 16 ** (place % 4))[None, :],)  # type: ignore[assignment]
+        totals = sums  # type: ignore[assignment]  # they are as many
+    for place in tl.static_range(8):
+        column = word * 8 + _column(place)
+        tl.store(
+            parts + (split * rows + row)[:, None] * OUT + column[None, :],
+            totals[place].to(parts.dtype.element_ty),
+            mask=(row < rows)[:, None] & is_word[None, :],
+        )
 
 
 @triton.jit
+def _nibble(words, place: tl.constexpr):
+    """A nibble of the lower half of each word, times 16^place, as the bits of float32 2^23 + that."""
+    return (words & (15 << (4 * place)) | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _column(place: tl.constexpr):
+    """The column of a word's eight that a nibble is of: even ones are in the lower half."""
+    return place % 4 * 2 + place // 4
+
+
+@triton.jit(do_not_specialize=["count"])
 def _sum(parts, out, count, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
     """The sum over the splits, one after the other."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)

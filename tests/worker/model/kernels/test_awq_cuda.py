@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
+from inference_worker.model import loader, self_check
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.awq_cuda import CudaWeights
 from inference_worker.model.awq_layout import LAYOUTS, AwqWeights, unpack
-from tests.worker.model.awq_checkpoints import pack, random_weights
+from inference_worker.model.kernel_decoder import KernelDecoder
+from tests.worker.model.awq_checkpoints import pack, random_weights, round_to_nearest
+from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
 from tests.worker.model.kernels.device import DEVICE
 from tests.worker.model.kernels.nearness import cosine
+from tests.worker.model.tiny_models import build_from, config
 
 SIZES = (64, 32)
 
@@ -47,3 +54,28 @@ def test_fused_layers_give_the_same() -> None:
     torch.testing.assert_close(fused(x), torch.cat(before, -1), atol=1e-3, rtol=1e-3)
     for layer, expected in zip(layers, before, strict=True):
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_model_of_4_bit_weights_is_the_one_of_unpacked_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fused and computed by kernels, of few rows and of many."""
+    monkeypatch.setattr(loader, "_can_use_kernels", lambda *_: True)
+    monkeypatch.setattr(self_check, "_LENGTH", 6)  # the interpreter takes its time
+    packed, unpacked = (
+        build_from(config("Llama", num_hidden_layers=1, attention_bias=True)).to(DEVICE)  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    layers: list[tuple[str, Any]] = list(unpacked.named_modules())
+    for name, module in layers:
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weights = round_to_nearest(module.weight, 32, zero_point=True)
+            module.weight.data = weights.dequantize(torch.float32)
+            sizes = (module.in_features, module.out_features)
+            packed.set_submodule(name, AwqLinear(CudaWeights.pack(weights), sizes, module.bias))
+    runner = new_runner(packed)
+    assert isinstance(runner._forward, KernelDecoder)
+    for length in (3, 20):
+        sequence = new_sequence(prompt_of(length))
+        Driver(runner).run([sequence], 3)
+        assert sequence.token_ids == generate(unpacked, prompt_of(length), 3)
