@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,19 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inference_worker.model.awq import AwqLinear
-from inference_worker.model.awq_layout import AwqWeights
-from tests.worker.model.awq_checkpoints import random_weights
-from tests.worker.model.driver import Driver, new_runner, new_sequence, prompt_of
+from inference_worker.model.awq_layout import LAYOUTS, AwqWeights
+from inference_worker.model.loader import load_model
+from tests.worker.model.awq_checkpoints import Quantization, random_weights
+from tests.worker.model.driver import (
+    Driver,
+    Settings,
+    generate,
+    new_runner,
+    new_sequence,
+    prompt_of,
+)
 from tests.worker.model.kernels.nearness import cosine
+from tests.worker.model.test_awq import save_model
 
 CONFIG = LlamaConfig(
     vocab_size=199,
@@ -43,6 +53,33 @@ def test_products(rows: int, group: int, dtype: torch.dtype) -> None:
     assert (found.shape, found.dtype) == ((rows, 1024), dtype)
     expected = x.double() @ weights.dequantize(torch.float64).t().to("cuda")
     assert cosine(found, expected) >= 0.9999
+
+
+@pytest.mark.parametrize(("num_out", "num_in"), [(28_672, 4096), (4096, 14_336)])
+def test_products_of_large_layers(num_out: int, num_in: int) -> None:
+    """As a Llama of 8 billion weights has them, cut into few splits and into many."""
+    weights = on_gpu(random_weights(num_out, num_in, 128))
+    layer = AwqLinear.pack(weights, None, torch.bfloat16)
+    exact = weights.dequantize(torch.float32).t()
+    for rows in (1, 8, 16, 17):
+        x = torch.randn(rows, num_in, dtype=torch.bfloat16, device="cuda")
+        assert cosine(layer(x), x.float() @ exact) >= 0.9999
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_served_as_its_dequantised_model(tmp_path: Path, layout: str) -> None:
+    reference = save_model(tmp_path, Quantization(layout, 64), attention_bias=True)
+    served = load_model(
+        Settings(model=str(tmp_path), dtype="float32", device="cuda", kv_cache_mib=64)
+    )
+    runner: Any = served.runner
+    assert type(runner._forward).__name__ == "KernelDecoder"
+    assert runner._graphs is not None
+    sequence = new_sequence(prompt_of(9))
+    Driver(runner).run([sequence], 8)
+    # the norms and embeddings are stored in half precision
+    reference = reference.half().float().to("cuda")
+    assert sequence.token_ids == generate(reference, prompt_of(9), 8)
 
 
 def twins() -> tuple[Any, Any]:

@@ -37,11 +37,15 @@ def test_float32_tokens_are_those_of_generate(name: str) -> None:
     assert [s.token_ids for s in sequences] == expected
 
 
+# blocks that prefill gathers, and blocks that `varlen_attn` takes a table of
+@pytest.mark.parametrize("block_size", [4, 256])
 @pytest.mark.parametrize("dtype", TIES, ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3, query norms", "mistral, window"])
-def test_half_precision_tokens_are_the_likeliest_or_nearly(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_tokens_are_the_likeliest_or_nearly(
+    name: str, dtype: torch.dtype, block_size: int
+) -> None:
     model = on_gpu(name, dtype)
-    runner = new_runner(model)
+    runner = new_runner(model, block_size)
     sequences = [new_sequence(prompt_of(length)) for length in LENGTHS]
     Driver(runner, max_chunk=7).run(sequences, NUM_TOKENS)
     exact = on_gpu(name)

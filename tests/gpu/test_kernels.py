@@ -11,7 +11,6 @@ from torch.nn import functional
 @pytest.mark.parametrize("num_rows", [1, 8, 33])
 @pytest.mark.parametrize("window", [None, 1000])
 def test_decode_attention_over_long_contexts(num_rows: int, window: int | None) -> None:
-    pytest.importorskip("triton")
     from inference_worker.model.kernels.paged_attention import decode_attention
 
     heads, kv_heads, dim, size, width = 32, 8, 128, 16, 256
@@ -43,3 +42,34 @@ def test_decode_attention_over_long_contexts(num_rows: int, window: int | None) 
         k, v = (x.repeat_interleave(heads // kv_heads, 0) for x in (k, v))
         expected = functional.scaled_dot_product_attention(query[row, :, None].double(), k, v)[:, 0]
         torch.testing.assert_close(found[row].double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A cache of more elements than an int32 counts: what lies at its end is what lies in one of a single block."""
+    from inference_worker.model.kernels.paged_attention import decode_attention
+    from inference_worker.model.kernels.rope_kv import rope_and_write
+
+    heads, kv_heads, dim, size = 32, 8, 128, 16
+    num_blocks = 2**31 // (size * kv_heads * dim) + 2
+    needed = 3 * num_blocks * size * kv_heads * dim * 2
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"the device has no {needed >> 30} GiB free")
+    qkv = torch.randn(size, (heads + 2 * kv_heads) * dim, dtype=torch.bfloat16, device="cuda")
+    positions = torch.arange(size, device="cuda")
+    cos, sin = torch.randn(2, size, dim // 2, dtype=torch.bfloat16, device="cuda").unbind()
+
+    def at_the_end_of(blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (
+            torch.zeros(blocks, size, kv_heads, dim, dtype=torch.bfloat16, device="cuda")
+            for _ in range(2)
+        )
+        slots = (blocks - 1) * size + positions
+        query = rope_and_write(qkv, positions, slots, cos, sin, keys, values)
+        table = torch.tensor([[blocks - 1]], dtype=torch.int32, device="cuda")
+        lengths = torch.tensor([size], dtype=torch.int32, device="cuda")
+        attended = decode_attention(query[-1:], keys, values, table, lengths, scale=dim**-0.5)
+        return attended, torch.stack([keys[-1], values[-1]])
+
+    for found, expected in zip(at_the_end_of(num_blocks), at_the_end_of(1), strict=True):
+        assert expected.any()
+        assert torch.equal(found, expected)

@@ -19,6 +19,7 @@ from inference_worker.model.kernels import find_fault
 from inference_worker.model.kv_cache import KVCache
 from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
 from tests.worker.model.kernels.device import DEVICE
+from tests.worker.model.kernels.nearness import COARSENESS
 from tests.worker.model.test_decoder import FUSED, randomise_vectors
 from tests.worker.model.tiny_models import CONTEXT, FAMILIES, build_from
 
@@ -64,7 +65,7 @@ def assert_near(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype
         scale = float(theirs.abs().max())
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=COARSENESS * 1e-5 * scale)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def _pad(batch: Batch, count: int) -> Batch:
 
 def test_the_loader_computes_by_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_can_use_kernels", lambda *_: True)
-    model = build_from(FUSED["qwen2, window in one layer, biases"]())
+    model = new_model(FUSED["qwen2, window in one layer, biases"])
     prompt = prompt_of(7)
     expected = generate(model, prompt, 4)
     runner = new_runner(model)

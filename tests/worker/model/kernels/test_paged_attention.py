@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from inference_worker.model.kernels.paged_attention import decode_attention, num_splits
 from tests.worker.model.kernels.device import DEVICE
-from tests.worker.model.kernels.nearness import DTYPES
+from tests.worker.model.kernels.nearness import COARSENESS, DTYPES
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: COARSENESS * 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 class Case:
@@ -93,7 +93,7 @@ class Case:
         assert actual.dtype == dtype
         tolerance = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
         # float32 scores near the cap are that much coarser
-        tolerance += (options.get("softcap") or 0) * torch.finfo(torch.float32).eps
+        tolerance += COARSENESS * (options.get("softcap") or 0) * torch.finfo(torch.float32).eps
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
 
     def _slots(self, blocks: list[int], length: int) -> torch.Tensor:
