@@ -43,10 +43,14 @@ def _penalties(packed: npt.NDArray[np.uint8], logits: torch.Tensor) -> torch.Ten
     if logits.device.type == "cpu":  # in one pass, several times as fast as by way of booleans
         table = _PENALTIES.take(packed, axis=0).reshape(len(packed), -1)
         return torch.from_numpy(table[:, :vocabulary]).to(logits.dtype)
-    # the packed form travels: an eighth of the bytes
+    return penalties_on_device(packed, logits)
+
+
+def penalties_on_device(packed: npt.NDArray[np.uint8], logits: torch.Tensor) -> torch.Tensor:
+    """The same of the bytes that hold the vocabulary's bits, where the logits are: an eighth of the bytes travels."""
     bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
     shifted = upload(~packed, logits.device)[:, :, None] >> bits
-    forbidden = (shifted & 1).bool().flatten(1)[:, :vocabulary]
+    forbidden = (shifted & 1).bool().flatten(1)[:, : logits.shape[1]]
     return logits.new_zeros(forbidden.shape).masked_fill_(forbidden, -math.inf)
 
 

@@ -10,14 +10,17 @@ position 0 and any block table, and whatever it computes reaches no other row.
 
 What runs on a CPU: every kernel, through triton's interpreter, against torch's own operations; and every kernel is
 compiled to machine code for compute capabilities 8.0 and 9.0. What only a GPU can run, and no test without one
-covers (`tests/gpu` does):
+covers (`tests/gpu` does), module by module of `model`; a test holds this list against the code:
 
-- the compiled code itself, and the tile sizes, warps and stages, which no measurement has chosen yet
+- `kernels`: the compiled code itself, and the tile sizes, warps and stages, which no measurement has chosen yet
 - `decode_graphs.CudaCapture`: recording and replaying a graph; all else about graphs is tested with a plain call
-- `largest_step.CudaMeter`: what torch says of its allocations; what is measured with it is tested with another meter
 - `varlen`: torch's `varlen_attn` in prefill
 - `transfer`: copies from and to pinned memory, and the event that tells when one is over
-- `runner._on`: the current device of the engine's thread
+- `largest_step.CudaMeter`, `memory.free_bytes`: what torch says of a device's memory; what is made of it is tested
+- `runner`: the current device of the engine's thread, and giving memory back
+- `loader`: choosing the device and naming it
+- `awq.AwqLinear.pack`: that weights on a GPU become `CudaWeights`, which are tested without
+- `awq_writer`: that autoawq quantizes on a GPU, if there is one
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from inference_worker.engine.grammar import GrammarFailed, Masks
 from inference_worker.engine.sequence import Sequence as Row
-from inference_worker.model.grammar_masks import restrict
+from inference_worker.model.grammar_masks import penalties_on_device, restrict
 from tests.worker.model.driver import new_sequence
 
 
@@ -57,6 +57,18 @@ def test_what_is_forbidden_is_minus_infinity(vocabulary: int, states: list[int |
             is_allowed = state is None or allowed[state][token]
             expected = float(logits[row, token]) if is_allowed else -math.inf
             assert float(restricted[row, token]) == expected
+
+
+@pytest.mark.parametrize("vocabulary", [7, 8, 61, 64])
+def test_a_device_reads_the_packed_form_alike(vocabulary: int) -> None:
+    random = np.random.default_rng(vocabulary)
+    packed = random.integers(256, size=(3, -(-vocabulary // 8)), dtype=np.uint8)
+    is_allowed = np.unpackbits(packed, axis=1, count=vocabulary, bitorder="little")
+    for dtype in (torch.float32, torch.bfloat16):
+        found = penalties_on_device(packed, torch.randn(3, vocabulary).to(dtype))
+        assert found.dtype == dtype
+        assert (found == 0).tolist() == is_allowed.astype(bool).tolist()
+        assert (found == -math.inf).tolist() == (is_allowed == 0).tolist()
 
 
 def test_broken_logits_show_behind_a_mask() -> None:
