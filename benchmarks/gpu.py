@@ -254,11 +254,14 @@ def measure_vllm(plan: Plan, weights: str) -> dict[int, list[float]] | str:
         return "vLLM is left out: it is not installed"
     job = {**asdict(plan), "weights": weights, "length": plan.length}
     command = [sys.executable, "-m", "benchmarks.gpu_vllm", json.dumps(job)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-    if result.returncode != 0:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    except subprocess.TimeoutExpired:
+        return "vLLM is left out: it took more than an hour"
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    if result.returncode != 0 or not lines:
         return f"vLLM is left out: {(result.stderr.strip() or 'it failed').splitlines()[-1]}"
-    line = next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{"))
-    found: dict[str, Any] = json.loads(line)
+    found: dict[str, Any] = json.loads(lines[-1])
     return {int(count): seconds for count, seconds in found.items()}
 
 

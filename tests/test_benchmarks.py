@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from benchmarks.compiled import COLD, measure
 from benchmarks.engine import Plan, contest, make_prompts
 from benchmarks.generators import GenerationFailed, Output, Sluice
 from benchmarks.gguf_checkpoint import write_gguf
-from benchmarks.gpu import SHAPES
+from benchmarks.gpu import SHAPES, measure_vllm
+from benchmarks.gpu import Plan as GpuPlan
 from benchmarks.gpu_vllm import write_config
 from benchmarks.llama_cpp_server import llama_cpp
 from benchmarks.load_client import StreamFailed
@@ -239,6 +241,28 @@ def test_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     # 4 bits are fewer than 16, and three sequences read more than one
     assert 0 < bounds[2] < bounds[0] < bounds[1]
     assert kept.read_text().count("vLLM is left out, as asked") == 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "found"),
+    [
+        (subprocess.CompletedProcess([], 0, 'INFO it runs\n{"8": [0.5, 0.25]}\n', ""), {8: [0.5, 0.25]}),
+        (subprocess.CompletedProcess([], 0, "INFO it ran\n", ""), "vLLM is left out: it failed"),
+        (subprocess.CompletedProcess([], 1, "{}\n", "log\nno memory\n"), "vLLM is left out: no memory"),
+        (subprocess.TimeoutExpired([], 3600), "vLLM is left out: it took more than an hour"),
+    ],
+)  # fmt: skip
+def test_vllm_is_measured_or_it_is_said_why_not(
+    outcome: Any, found: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **__: object) -> Any:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("benchmarks.gpu.importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr("benchmarks.gpu.subprocess.run", run)
+    assert measure_vllm(GpuPlan(shape="tiny", device="cpu"), "awq") == found
 
 
 def test_vllm_gets_the_same_shape(tmp_path: Path) -> None:
