@@ -32,13 +32,31 @@ def strings(draw: st.DrawFn) -> Schema:
     return {"type": "string", "minLength": low, "maxLength": low + draw(st.integers(0, 6))}
 
 
+@st.composite
+def combined_integers(draw: st.DrawFn) -> Schema:
+    """An integer by several keywords, or by several schemas at once."""
+    low, width, factor = (
+        draw(st.integers(-50, 50)),
+        draw(st.integers(20, 200)),
+        draw(st.integers(2, 9)),
+    )
+    bounds = {"minimum": low, "maximum": low + width}
+    if draw(st.booleans()):
+        return {"type": "integer", "multipleOf": factor, **bounds}
+    return {"allOf": [{"type": "integer", **bounds}, {"minimum": low + 5}]}
+
+
+_FORMATS = ("date", "time", "date-time", "email", "ipv4", "ipv6", "uuid")
+
 _scalars = st.one_of(
     integers(),
     numbers(),
     strings(),
+    combined_integers(),
+    st.just({"type": ["integer", "null"], "minimum": 3, "maximum": 70}),
     st.just({"type": "boolean"}),
     st.just({"type": "null"}),
-    st.just({"type": "string", "format": "date"}),
+    st.sampled_from(_FORMATS).map(lambda name: {"type": "string", "format": name}),
     st.lists(st.sampled_from(["red", "é\n", 7, 2.5, None, True]), min_size=1, unique_by=repr).map(
         lambda values: {"enum": values}
     ),
@@ -71,10 +89,46 @@ def arrays(draw: st.DrawFn, values: st.SearchStrategy[Schema]) -> Schema:
     }
 
 
+@st.composite
+def tuples(draw: st.DrawFn, values: st.SearchStrategy[Schema]) -> Schema:
+    items = draw(st.lists(values, min_size=1, max_size=3))
+    least = draw(st.integers(0, len(items)))
+    return {"type": "array", "prefixItems": items, "items": False, "minItems": least}
+
+
+@st.composite
+def tagged(draw: st.DrawFn, values: st.SearchStrategy[Schema]) -> Schema:
+    """One of several objects, of which a property tells which."""
+    members = [
+        {
+            "type": "object",
+            "properties": {"kind": {"const": kind}, "value": draw(values)},
+            "required": ["kind", "value"],
+            "additionalProperties": False,
+        }
+        for kind in draw(st.sampled_from([["a"], ["a", "b"], ["a", "b", "ab"]]))
+    ]
+    return {"oneOf": members}
+
+
+@st.composite
+def named_by_pattern(draw: st.DrawFn, values: st.SearchStrategy[Schema]) -> Schema:
+    return {
+        "type": "object",
+        "patternProperties": {"^x[0-9]$": draw(values)},
+        "properties": {"id": {"type": "boolean"}},
+        "required": draw(st.sampled_from([[], ["id"]])),
+        "additionalProperties": False,
+    }
+
+
 def _deeper(values: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
     return st.one_of(
         objects(values),
         arrays(values),
+        tuples(values),
+        tagged(values),
+        named_by_pattern(values),
         st.lists(values, min_size=1, max_size=3).map(lambda members: {"anyOf": members}),
     )
 
