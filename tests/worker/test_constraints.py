@@ -21,6 +21,7 @@ from inference_worker.grammar.trial import Trial
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.patience import PATIENCE
 from tests.worker.grammar.hostile import ENDLESS
+from tests.worker.served_models import serve_random, tiny_llama
 from tests.worker.served_worker import (
     ServedWorker,
     generate_request,
@@ -32,7 +33,6 @@ from tests.worker.served_worker import (
     texts,
 )
 from tests.worker.stream_record import StreamRecord
-from tests.worker.test_continuation import serve_random, tiny_llama
 
 SCHEMA = {
     "type": "object",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -13,16 +12,19 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
-from inference_worker.default_model import CHECKPOINT
-from inference_worker.engine.request import SamplingParams
-from inference_worker.model.loader import load_model, make_runner
-from inference_worker.served_model import ModelInfo, ServedModel
-from inference_worker.settings import WorkerSettings
-from inference_worker.tokenizer import Tokenizer
 from protos.sluice.v1 import generation_pb2 as pb
-from tests.worker.model.tiny_models import build_from
+from tests.worker.drawn_requests import PROMPTS, Stops, positions, requests, stops
+from tests.worker.same_streams import assert_same
+from tests.worker.served_models import (
+    CONTEXT,
+    MODELS,
+    ROOMY,
+    TIGHT,
+    serve_embedded,
+    serve_random,
+    tiny_llama,
+)
 from tests.worker.served_worker import (
     Refusal,
     ServedWorker,
@@ -31,53 +33,9 @@ from tests.worker.served_worker import (
     serve,
     serve_script,
 )
-from tests.worker.stream_record import ChoiceRecord, StreamRecord
+from tests.worker.stream_record import StreamRecord
 
-CONTEXT = 192
-# The second worker's steps are cut differently, and its memory is so small that sequences are preempted.
-ROOMY: dict[str, Any] = {"max_running": 16, "max_batch_tokens": 256}
-TIGHT: dict[str, Any] = {"max_running": 6, "max_batch_tokens": 11, "block_size": 8}
 TIGHT_TOKENS = 64
-
-
-def tiny_llama() -> Any:
-    """A random model with the embedded one's tokenizer: it says anything, broken characters too."""
-    return build_from(
-        LlamaConfig(
-            vocab_size=Tokenizer.load(str(CHECKPOINT)).vocabulary_size,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=CONTEXT,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-
-
-def serve_random(model: Any, **options: Any) -> tuple[ServedModel, WorkerSettings]:
-    worker_settings = WorkerSettings(port=0, **options)
-    info = ModelInfo(
-        name="random",
-        context_length=CONTEXT,
-        vocabulary_size=model.config.vocab_size,
-        architecture="LlamaForCausalLM",
-        dtype="float32",
-        device="cpu",
-        parameter_count=0,
-        eos_token_ids=frozenset(),
-        default_sampling=SamplingParams(),
-        kv_cache="",
-    )
-    runner = make_runner(model, CONTEXT, worker_settings)
-    return ServedModel(info, Tokenizer.load(str(CHECKPOINT)), runner), worker_settings
-
-
-def serve_embedded(**options: Any) -> tuple[ServedModel, WorkerSettings]:
-    worker_settings = WorkerSettings(port=0, context_length=CONTEXT, **options)
-    return load_model(worker_settings), worker_settings
 
 
 class Pair:
@@ -113,9 +71,6 @@ async def _read_among(
     streams = await asyncio.gather(*[_read(worker, each) for each in (request, *others)])
     await worker.wait_idle()
     return streams[0]
-
-
-MODELS = ["random", "embedded"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -158,130 +113,6 @@ async def _entered(stack: AsyncExitStack, context: Any) -> ServedWorker:
 
 async def _closed(stack: AsyncExitStack) -> None:
     await stack.aclose()
-
-
-PROMPTS = ["Count to 10", "Say hello.", "What is streaming?", "Repeat: é 漢字 👩‍💻", "a"]
-samplings = st.one_of(
-    st.just(pb.Sampling(temperature=0)),
-    st.builds(
-        pb.Sampling,
-        temperature=st.sampled_from([0.5, 1.0, 1.7]),
-        top_k=st.sampled_from([None, 5, 40]),
-        top_p=st.sampled_from([None, 0.9]),
-        min_p=st.sampled_from([None, 0.02]),
-        logit_bias=st.sampled_from([None, {70: 3.0, 75: -100.0}]),
-        repetition_penalty=st.sampled_from([None, 1.3]),
-        presence_penalty=st.sampled_from([None, 0.7]),
-        frequency_penalty=st.sampled_from([None, 0.4]),
-        seed=st.sampled_from([None, 0, -7, 2**60]),
-    ),
-)
-outputs = st.sampled_from(
-    [
-        pb.Output(token_ids=True),
-        pb.Output(token_ids=True, logprobs=2),
-        pb.Output(token_ids=True, echo=True),
-        pb.Output(token_ids=True, echo=True, logprobs=1, prompt_logprobs=True),
-        # is_continuable alone has to do
-        pb.Output(),
-        pb.Output(logprobs=0),
-        pb.Output(echo=True),
-    ]
-)
-# Of which the second can become whole before max_tokens.
-constraints = st.sampled_from(
-    [
-        None,
-        pb.Constraint(regex="[a-h0-9 ]{2,4}|(ab|é|漢)*[0-9]{9}"),
-        pb.Constraint(choice=pb.ChoiceList(texts=["yes", "no", "no way", "👩‍💻 and é"])),
-        pb.Constraint(json_schema='{"type": "array", "items": {"enum": [1, "é", null]}}'),
-    ]
-)
-requests = st.builds(
-    pb.GenerateRequest,
-    constraint=st.none() | constraints,
-    prompt=st.sampled_from(PROMPTS).map(lambda text: pb.Prompt(text=text)),
-    sampling=samplings,
-    stopping=st.integers(1, 20).map(
-        lambda number: pb.Stopping(max_tokens=number, ignore_eos=number % 3 == 0)
-    ),
-    output=outputs,
-    n=st.integers(1, 3),
-    is_continuable=st.just(True),
-)
-
-
-@dataclass(frozen=True)
-class Stops:
-    """Where in the output to take stop sequences and tokens from: what comes, and what almost comes."""
-
-    # Numbers of which the remainders count: hypothesis must not see that the output varies with the drawn seeds.
-    choice: int
-    begin: int
-    length: int
-    kind: int
-    token: int
-
-    def add_to(self, request: pb.GenerateRequest, uncut: StreamRecord) -> None:
-        assert uncut.started is not None
-        request.sampling.CopyFrom(uncut.started.sampling)  # the seed too
-        said = [choice for choice in uncut.choices.values() if choice.text]
-        if not said:
-            return
-        choice = said[self.choice % len(said)]
-        begin = self.begin % len(choice.text)
-        stop = choice.text[begin : begin + self.length]
-        kinds: tuple[list[str], ...] = ([], [stop], [stop + "\0"], [stop + "\0", stop[:3]])
-        request.stopping.stop_sequences.extend(kinds[self.kind])
-        # without one of its tokens a constraint may have nothing left to say
-        if choice.token_ids and self.token and not request.HasField("constraint"):
-            request.stopping.stop_token_ids.append(
-                choice.token_ids[self.token % len(choice.token_ids)]
-            )
-
-
-positions = st.integers(0, 10_000)
-stops = st.builds(
-    Stops,
-    choice=positions,
-    begin=positions,
-    length=st.integers(1, 12),
-    kind=st.integers(0, 3),
-    token=st.one_of(st.just(0), positions),
-)
-
-
-def assert_same(joined: StreamRecord, uncut: StreamRecord) -> None:
-    assert joined.choices.keys() == uncut.choices.keys()
-    for index, expected in uncut.choices.items():
-        assert_same_choice(joined.choices[index], expected)
-    assert joined.usage is not None
-    assert uncut.usage is not None
-    assert joined.usage.prompt_tokens == uncut.usage.prompt_tokens
-    assert joined.usage.completion_tokens == uncut.usage.completion_tokens
-
-
-def assert_same_choice(joined: ChoiceRecord, uncut: ChoiceRecord) -> None:
-    assert joined.text == uncut.text
-    assert (joined.reasoning, joined.calls) == (uncut.reasoning, uncut.calls)
-    assert joined.token_ids == uncut.token_ids
-    assert joined.num_tokens == uncut.num_tokens
-    assert (joined.echo, joined.echoed_tokens) == (uncut.echo, uncut.echoed_tokens)
-    for ours, theirs in (
-        (joined.logprobs, uncut.logprobs),
-        (joined.echo_logprobs, uncut.echo_logprobs),
-    ):
-        assert [x.token.token_id for x in ours] == [x.token.token_id for x in theirs]
-        got = [candidate.logprob for x in ours for candidate in (x.token, *x.top)]
-        expected = [candidate.logprob for x in theirs for candidate in (x.token, *x.top)]
-        assert got == pytest.approx(expected, abs=2e-3)
-    assert joined.finished is not None
-    assert uncut.finished is not None
-    for name in (
-        *("finish_reason", "completion_tokens"),
-        *("stop_sequence", "stop_token_id", "withheld_token_ids"),
-    ):
-        assert getattr(joined.finished, name) == getattr(uncut.finished, name)
 
 
 # Three choices that alone need more memory than the second worker has.

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from protos.sluice.v1 import generation_pb2 as pb
+from tests.worker.served_models import ROOMY, TIGHT, serve_random, tiny_llama
 from tests.worker.served_worker import ServedWorker, generate_request, serve
 from tests.worker.stream_record import StreamRecord
-from tests.worker.test_continuation import ROOMY, TIGHT, serve_random, tiny_llama
 
 REQUEST = generate_request(
     ids=[7 + i * i % 1000 for i in range(40)],

@@ -14,8 +14,7 @@ from inference_worker.engine.deadlines import SPARE
 from inference_worker.engine.event import Expired, Failed, FinishReason, Scheduled, Started
 from inference_worker.engine.request import OutputParams
 from inference_worker.engine.runner import Row
-from tests.worker.engine.hash_runner import HashRunner, reference_completion
-from tests.worker.engine.test_engine import (
+from tests.worker.engine.engines import (
     assert_idle,
     completion,
     footers,
@@ -24,6 +23,7 @@ from tests.worker.engine.test_engine import (
     new_detokenizer,
     run,
 )
+from tests.worker.engine.hash_runner import HashRunner, reference_completion
 
 pytestmark = pytest.mark.usefixtures("runs_ahead")
 

@@ -1,100 +1,30 @@
-"""The engine against a runner with real paged memory: what comes out, and that no block is ever lost."""
+"""The engine against a runner with real paged memory: what comes out, in which order, and how it ends."""
 
 from __future__ import annotations
-
-from collections import defaultdict
-from collections.abc import Sequence
 
 import pytest
 
 from inference_worker.engine.choice_output import MAX_ECHO_TOKENS
-from inference_worker.engine.detokenizer import ByteDetokenizer
-from inference_worker.engine.engine import MAX_REFUSALS, Engine, EngineOptions
 from inference_worker.engine.event import (
     Delta,
     Event,
-    Failed,
-    Finished,
     FinishReason,
     Scheduled,
     Started,
 )
-from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
-from inference_worker.engine.runner import DeviceLost, OutOfMemory, Row
+from inference_worker.engine.request import OutputParams
+from tests.worker.engine.engines import (
+    assert_idle,
+    completion,
+    footers,
+    make_engine,
+    make_request,
+    run,
+    text,
+)
 from tests.worker.engine.hash_runner import VOCABULARY, HashRunner, reference_completion
 
 pytestmark = pytest.mark.usefixtures("runs_ahead")
-
-TOKEN_BYTES = [f"<{token_id}>".encode() for token_id in range(VOCABULARY)]
-
-
-def new_detokenizer(*, at_start: bool = False) -> ByteDetokenizer:
-    return ByteDetokenizer(TOKEN_BYTES)
-
-
-def make_engine(runner: HashRunner, **options: int | bool) -> Engine:
-    limits = {"max_running": 4, "max_batch_tokens": 16, "context_length": 1000, **options}
-    return Engine(runner, new_detokenizer, EngineOptions(**limits))  # type: ignore[arg-type]
-
-
-def make_request(
-    request_id: str,
-    prompt: Sequence[int],
-    max_tokens: int = 8,
-    *,
-    n: int = 1,
-    seed: int = 0,
-    stop_sequences: tuple[str, ...] = (),
-    stop_token_ids: frozenset[int] = frozenset(),
-    frequency_penalty: float = 0,
-    output: OutputParams | None = None,
-) -> Request:
-    return Request(
-        request_id=request_id,
-        prompt=tuple(prompt),
-        stopping=StoppingParams(max_tokens, stop_sequences, stop_token_ids),
-        sampling=SamplingParams(seed=seed, frequency_penalty=frequency_penalty),
-        output=output or OutputParams(),
-        n=n,
-    )
-
-
-def run(engine: Engine) -> dict[str, list[Event]]:
-    """Step until nothing is left, checking the blocks after each step."""
-    events: dict[str, list[Event]] = defaultdict(list)
-    while engine.has_work:
-        engine.step()
-        engine.check()
-        for request, event in engine.take_events():
-            events[request.request_id].append(event)
-    return events
-
-
-def completion(events: list[Event], choice_index: int = 0) -> list[int]:
-    return [
-        token.token_id
-        for event in events
-        if isinstance(event, Delta) and event.choice_index == choice_index and not event.is_prompt
-        for token in event.tokens
-    ]
-
-
-def text(events: list[Event], choice_index: int = 0) -> str:
-    return "".join(
-        event.text
-        for event in events
-        if isinstance(event, Delta) and event.choice_index == choice_index and not event.is_prompt
-    )
-
-
-def footers(events: list[Event]) -> list[Finished]:
-    return [event for event in events if isinstance(event, Finished)]
-
-
-def assert_idle(engine: Engine) -> None:
-    load = engine.load()
-    assert (load.running, load.waiting, load.free_blocks) == (0, 0, load.total_blocks)
-    engine.check()
 
 
 def test_events_of_one_request_come_in_order() -> None:
@@ -137,93 +67,6 @@ def test_preemption_recomputes_and_changes_nothing() -> None:
     for i in range(4):
         assert completion(events[f"r{i}"]) == reference_completion([i, i + 1, i + 2], 25, seed=i)
     assert_idle(engine)
-
-
-def test_prefix_cache_skips_what_is_known() -> None:
-    runner = HashRunner(64, 4)
-    engine = make_engine(runner)
-    prompt = list(range(20))
-    engine.add(make_request("first", prompt, 4))
-    run(engine)
-    before = runner.num_computed
-    engine.add(make_request("second", [*prompt, 50, 51], 4))
-    events = run(engine)["second"]
-    started = events[0]
-    assert isinstance(started, Started)
-    assert started.cached_tokens == 20
-    assert (
-        runner.num_computed - before == 2 + 3
-    )  # the rest of the prompt, then all but the last token
-    footer = footers(events)[0]
-    assert footer.usage is not None
-    assert footer.usage.cached_tokens == 20
-    assert completion(events) == reference_completion([*prompt, 50, 51], 4)
-
-
-def test_a_fully_cached_prompt_still_computes_a_token() -> None:
-    engine = make_engine(HashRunner(64, 4))
-    for request_id in ("first", "second"):
-        engine.add(make_request(request_id, list(range(8)), 4))
-        events = run(engine)[request_id]
-        assert completion(events) == reference_completion(list(range(8)), 4)
-    assert isinstance(events[0], Started)
-    assert events[0].cached_tokens == 4
-
-
-def test_equal_blocks_after_different_beginnings_are_not_shared() -> None:
-    engine = make_engine(HashRunner(64, 4))
-    for request_id, beginning in (("a", 1), ("b", 2)):
-        prompt = [beginning] * 4 + [7] * 8
-        engine.add(make_request(request_id, prompt, 6))
-        events = run(engine)[request_id]
-        assert completion(events) == reference_completion(prompt, 6)
-        assert isinstance(events[0], Started)
-        assert events[0].cached_tokens == 0
-
-
-def test_waiting_for_memory_forgets_no_prefix() -> None:
-    engine = make_engine(HashRunner(16, 4))
-    engine.add(make_request("known", list(range(24)), 1))
-    run(engine)
-    engine.add(make_request("running", [90] * 20, 12))
-    engine.step()
-    engine.add(make_request("waiting", [91] * 44, 1))
-    for _ in range(5):
-        engine.step()
-        assert (engine.load().running, engine.load().waiting) == (1, 1)
-    engine.take_events()
-    engine.add(make_request("again", list(range(24)), 1))
-    ((_, started),) = engine.take_events()
-    assert isinstance(started, Started)
-    assert started.cached_tokens == 20
-
-
-def test_choices_with_a_scored_prompt_share_it_too() -> None:
-    runner = HashRunner(64, 4)
-    engine = make_engine(runner)
-    scored = OutputParams(logprobs=0, echo=True, prompt_logprobs=True)
-    prompt = list(range(13))
-    engine.add(make_request("a", prompt, 1, n=3, output=scored))
-    events = run(engine)["a"]
-    assert runner.num_computed == 13 + 2 * 1
-    for choice_index in range(3):
-        assert completion(events, choice_index) == reference_completion(
-            prompt, 1, choice_index=choice_index
-        )
-
-
-def test_without_prefix_cache_requests_share_nothing_but_choices_do() -> None:
-    runner = HashRunner(64, 4)
-    engine = make_engine(runner, prefix_cache=False)
-    prompt = list(range(16))
-    engine.add(make_request("first", prompt, 1))
-    run(engine)
-    engine.add(make_request("second", prompt, 1, n=3))
-    before = runner.num_computed
-    events = run(engine)["second"]
-    assert isinstance(events[0], Started)
-    assert events[0].cached_tokens == 0
-    assert runner.num_computed - before == 16 + 2 * 4  # two siblings compute the last block alone
 
 
 def test_choices_share_the_prompt_and_differ() -> None:
@@ -365,154 +208,3 @@ def test_cancel_frees_at_once(steps: int, reason: FinishReason | None) -> None:
         assert ends[-1].usage is not None
     engine.cancel(request, reason)  # again: nothing
     assert engine.take_events() == []
-
-
-def test_a_failing_row_fails_its_request_alone() -> None:
-    def explode(row: Row) -> None:
-        if row.sequence.request.request_id == "bad" and row.start >= 5:
-            raise ArithmeticError("boom")
-
-    engine = make_engine(HashRunner(64, 4, before_row=explode))
-    for request_id in ("a", "bad", "b"):
-        engine.add(make_request(request_id, [1, 2, 3], 10))
-    events = run(engine)
-    assert isinstance(events["bad"][-1], Failed)
-    assert isinstance(events["bad"][-1].error, ArithmeticError)
-    for request_id in ("a", "b"):
-        assert completion(events[request_id]) == reference_completion([1, 2, 3], 10)
-    assert_idle(engine)
-
-
-def test_a_failing_choice_fails_its_siblings_with_it() -> None:
-    def explode(row: Row) -> None:
-        if row.sequence.choice_index == 1 and row.start >= 5:
-            raise ArithmeticError("boom")
-
-    engine = make_engine(HashRunner(64, 4, before_row=explode))
-    engine.add(make_request("a", [1, 2, 3], 10, n=3))
-    events = run(engine)["a"]
-    assert sum(isinstance(event, Failed) for event in events) == 1
-    assert isinstance(events[-1], Failed)
-    assert_idle(engine)
-
-
-class BrokenDetokenizer(ByteDetokenizer):
-    def flush(self) -> str:
-        raise ValueError("cannot be flushed")
-
-
-def new_broken_detokenizer(*, at_start: bool = False) -> BrokenDetokenizer:
-    return BrokenDetokenizer(TOKEN_BYTES)
-
-
-def test_a_request_that_cannot_be_ended_properly_fails_alone() -> None:
-    engine = make_engine(HashRunner(64, 4))
-    engine._new_detokenizer = new_broken_detokenizer
-    bad = make_request("bad", [1, 2], 10)
-    engine.add(bad)
-    engine._new_detokenizer = new_detokenizer
-    engine.add(make_request("good", [1, 2], 10))
-    engine.step()
-    engine.cancel(bad, FinishReason.CANCELLED)
-    events = [(request.request_id, event) for request, event in engine.take_events()]
-    assert isinstance(dict(events)["bad"], Failed)
-    before = [event for request_id, event in events if request_id == "good"]
-    assert completion(before + run(engine)["good"]) == reference_completion([1, 2], 10)
-
-
-def test_a_lost_device_is_not_blamed_on_requests() -> None:
-    def lose(_: Row) -> None:
-        raise DeviceLost
-
-    engine = make_engine(HashRunner(64, 4, before_row=lose))
-    engine.add(make_request("a", [1, 2], 10))
-    with pytest.raises(DeviceLost):
-        run(engine)
-
-
-def test_out_of_memory_is_retried_with_smaller_batches() -> None:
-    class Small(HashRunner):
-        def execute(self, rows: Sequence[Row]) -> list:  # type: ignore[type-arg]
-            if len(rows) > 2:
-                raise OutOfMemory
-            return super().execute(rows)
-
-    engine = make_engine(Small(64, 4))
-    for i in range(4):
-        engine.add(make_request(f"r{i}", [i, 1, 2], 5))
-    events = run(engine)
-    for i in range(4):
-        assert completion(events[f"r{i}"]) == reference_completion([i, 1, 2], 5)
-
-
-class Cramped(HashRunner):
-    """A device without memory for steps of more than some tokens, or for a request at all."""
-
-    def __init__(self, most_tokens: int, never: str = "", only_times: int = 2**31) -> None:
-        super().__init__(64, 4, before_row=self.check_memory)
-        self.most_tokens = most_tokens
-        self.never = never
-        self.times_left = only_times
-
-    def check_memory(self, row: Row) -> None:
-        is_refused = (
-            row.num_tokens > self.most_tokens or row.sequence.request.request_id == self.never
-        )
-        if is_refused and self.times_left:
-            self.times_left -= 1
-            raise OutOfMemory
-
-
-@pytest.mark.usefixtures("runs_ahead")
-def test_a_chunk_too_large_for_the_device_is_cut() -> None:
-    engine = make_engine(Cramped(most_tokens=3))
-    for i in range(3):
-        engine.add(make_request(f"r{i}", range(i, i + 15), 6, n=2))
-    events = run(engine)
-    for i in range(3):
-        for choice_index in range(2):
-            assert completion(events[f"r{i}"], choice_index) == reference_completion(
-                range(i, i + 15), 6, choice_index=choice_index
-            )
-        assert {footer.reason for footer in footers(events[f"r{i}"])} == {FinishReason.LENGTH}
-    assert_idle(engine)
-
-
-@pytest.mark.usefixtures("runs_ahead")
-def test_memory_that_comes_back_in_time_costs_nothing_but_time() -> None:
-    engine = make_engine(Cramped(most_tokens=99, never="a", only_times=10))
-    engine.add(make_request("a", [1, 2, 3], 6))
-    assert completion(run(engine)["a"]) == reference_completion([1, 2, 3], 6)
-    assert engine.load().preemptions > 0
-    assert_idle(engine)
-
-
-@pytest.mark.usefixtures("runs_ahead")
-def test_a_token_refused_now_and_then_ends_nothing_and_cuts_no_chunk() -> None:
-    refused: set[int] = set()
-
-    def refuse_each_token_once(row: Row) -> None:
-        if row.num_tokens == 1 and row.start not in refused:
-            refused.add(row.start)
-            raise OutOfMemory
-
-    runner = HashRunner(64, 4, before_row=refuse_each_token_once)
-    engine = make_engine(runner, max_batch_tokens=64)
-    # with its prompt to be scored it is computed again from the first token on
-    scored = OutputParams(logprobs=0, echo=True, prompt_logprobs=True)
-    engine.add(make_request("a", range(9), 2 * MAX_REFUSALS, output=scored))
-    assert completion(run(engine)["a"]) == reference_completion(range(9), 2 * MAX_REFUSALS)
-    assert len(refused) > MAX_REFUSALS
-    assert min(size for size in runner.batch_sizes if size > 1) >= 9
-
-
-@pytest.mark.usefixtures("runs_ahead")
-def test_a_request_that_finds_no_memory_ends_preempted_and_alone() -> None:
-    engine = make_engine(Cramped(most_tokens=99, never="a"))
-    engine.add(make_request("a", [1, 2, 3], 6, n=2))
-    engine.add(make_request("b", [4, 5], 6))
-    events = run(engine)
-    assert [footer.reason for footer in footers(events["a"])] == [FinishReason.PREEMPTED] * 2
-    assert footers(events["a"])[-1].usage is not None
-    assert completion(events["b"]) == reference_completion([4, 5], 6)
-    assert_idle(engine)

@@ -23,8 +23,8 @@ from inference_worker.engine.event import (
 from inference_worker.engine.event_stream import EventStream, is_last
 from inference_worker.engine.runner import Row
 from tests.patience import PATIENCE
+from tests.worker.engine.engines import completion, make_engine, make_request
 from tests.worker.engine.hash_runner import HashRunner, reference_completion
-from tests.worker.engine.test_engine import completion, make_engine, make_request
 
 pytestmark = pytest.mark.usefixtures("runs_ahead")
 

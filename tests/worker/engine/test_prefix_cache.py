@@ -11,8 +11,8 @@ from inference_worker.engine.block_pool import BlockPool
 from inference_worker.engine.engine import Engine
 from inference_worker.engine.event import Started
 from inference_worker.engine.fair_queue import Share
+from tests.worker.engine.engines import completion, make_engine, make_request, run
 from tests.worker.engine.hash_runner import HashRunner, reference_completion
-from tests.worker.engine.test_engine import completion, make_engine, make_request, run
 
 pytestmark = pytest.mark.usefixtures("runs_ahead")
 

@@ -9,8 +9,7 @@ import pytest
 
 from inference_worker.engine.event import Failed, FinishReason, Started
 from inference_worker.engine.runner import DeviceLost, InFlight, OutOfMemory, Row
-from tests.worker.engine.hash_runner import HashRunner, reference_completion
-from tests.worker.engine.test_engine import (
+from tests.worker.engine.engines import (
     assert_idle,
     completion,
     footers,
@@ -18,6 +17,7 @@ from tests.worker.engine.test_engine import (
     make_request,
     run,
 )
+from tests.worker.engine.hash_runner import HashRunner, reference_completion
 
 
 class AheadRunner(HashRunner):

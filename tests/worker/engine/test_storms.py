@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from inference_worker.engine.event import Event, FinishReason
 from inference_worker.engine.request import Request
 from inference_worker.engine.runner import Row
+from tests.worker.engine.engines import assert_idle, completion, make_engine, make_request
 from tests.worker.engine.hash_runner import VOCABULARY, HashRunner, reference_completion
-from tests.worker.engine.test_engine import assert_idle, completion, make_engine, make_request
 
 
 class EngineMachine(RuleBasedStateMachine):

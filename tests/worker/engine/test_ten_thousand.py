@@ -13,14 +13,14 @@ from inference_worker.engine.continuation import Continuation, Delivered, contin
 from inference_worker.engine.event import Delta, Event, Failed, FinishReason
 from inference_worker.engine.request import OutputParams, Request, SamplingParams, StoppingParams
 from inference_worker.engine.runner import OutOfMemory, Row
-from tests.worker.engine.hash_runner import HashRunner, reference_completion
-from tests.worker.engine.test_engine import (
+from tests.worker.engine.engines import (
     assert_idle,
     completion,
     footers,
     make_engine,
     new_detokenizer,
 )
+from tests.worker.engine.hash_runner import HashRunner, reference_completion
 
 NUM_REQUESTS = 10_000  # half of them on each kind of runner
 SYSTEM_PROMPTS = [[i] * 9 for i in range(4)]  # beginnings that requests share
