@@ -29,15 +29,18 @@ class NewStream(WorkerStream):
         until = min(self._clock() + self._settings.connect_timeout_seconds, self._deadline)
         worker = self._workers.pick() or await self._serving()
         tried: list[WorkerClient] = []
+        refusal: EdgeError | None = None  # by one that is there: it says more than that others were lost
         while True:
             try:
                 message = await self._ask(worker)
             except EdgeError as error:
                 tried.append(worker)
+                if not is_call_lost(error):
+                    refusal = error
                 self._leave(worker, self._request, error)
                 other = await self._other(tried, error, until)
                 if other is None:
-                    raise self._told(error) from None
+                    raise self._told(error if refusal is None else refusal) from None
                 await self._unless_ended(self._workers.left_behind.settle(other, self._request))
                 self._workers.metrics.retries.inc()
                 worker = other

@@ -16,6 +16,7 @@ from protos.sluice.v1 import generation_pb2 as pb
 from tests.edge.edge_process import PATIENCE, running_edge
 from tests.edge.pool import CHAT, Pool, running_pool, serving, until
 from tests.edge.scripted_worker import (
+    Script,
     ScriptedCall,
     ScriptedWorker,
     bad_field,
@@ -187,10 +188,13 @@ async def test_a_full_worker_is_not_preferred_for_having_nothing_of_ours(
         await asyncio.gather(*(server.stop(0) for server, _ in servers))
 
 
-async def test_where_all_are_full_the_refusal_says_when_to_come_back() -> None:
-    async with running_pool(4) as pool:
-        for worker in pool.workers:
-            worker.script = FULL
+@pytest.mark.parametrize("scripts", [(FULL,) * 4, (FULL, LOST), (LOST, FULL)])
+async def test_where_all_are_full_or_lost_the_refusal_says_when_to_come_back(
+    scripts: tuple[Script, ...],
+) -> None:
+    async with running_pool(len(scripts)) as pool:
+        for worker, script in zip(pool.workers, scripts, strict=True):
+            worker.script = script
         refused = await pool.ask()
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
         assert sum(pool.counts()) == 2
