@@ -29,9 +29,8 @@ class NewStream(WorkerStream):
         until = min(self._clock() + self._settings.connect_timeout_seconds, self._deadline)
         worker = self._workers.pick() or await self._serving()
         tried: list[WorkerClient] = []
-        refusal: EdgeError | None = (
-            None  # by one that is there: it says more than that others were lost
-        )
+        # By a worker that is there, which says more than that others were lost.
+        refusal: EdgeError | None = None
         while True:
             try:
                 message = await self._ask(worker)
