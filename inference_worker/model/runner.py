@@ -171,15 +171,15 @@ class _Flight:
         self._partial = [i for i, row in enumerate(rows) if not row.is_whole]
         self._drawn: Drawn | None = None
         self._peaks: Download | None = None
-        ends = logits[: len(rows)]
+        ends = logits if len(logits) == len(rows) else logits[: len(rows)]
         if self._whole:
             whole = ends if not self._partial else ends[upload(np.array(self._whole), ends.device)]
             sequences = [rows[i].sequence for i in self._whole]
             self._drawn = draw(whole.float(), sequences, runner.scans, one_by_one=runner.is_steady)
         if self._partial:
-            self._peaks = Download(ends.gather(1, greatest(ends.float())[:, None])[:, 0])
+            self._peaks = Download(greatest(ends.float())[1])
         scores = Scores.one_by_one if runner.is_steady else Scores
-        self._scored = _ScoredPrompts(logits[len(rows) :], rows, prompts, scores)
+        self._scored = _ScoredPrompts(logits, rows, prompts, scores)
 
     def latest(self) -> _Latest:
         """What the next step may need."""
@@ -233,7 +233,7 @@ class _ScoredPrompts:
         prompts: Rows[range],
         scores: Callable[[torch.Tensor, torch.Tensor, list[int]], Scores],
     ) -> None:
-        """`logits` holds the scoring positions of all rows, one after the other."""
+        """`logits` holds those of each row's last token, and then of the scoring positions of all rows."""
         self._prompts = prompts
         self._token_ids: list[int] = []
         num_top: list[int] = []
@@ -243,7 +243,7 @@ class _ScoredPrompts:
         self._scores: Scores | None = None
         if self._token_ids:
             token_ids = upload(np.array(self._token_ids), logits.device)
-            self._scores = scores(logits, token_ids, num_top)
+            self._scores = scores(logits[len(rows) :], token_ids, num_top)
 
     def read(self) -> list[tuple[Token, ...]]:
         """Scored prompt tokens of each row."""

@@ -138,8 +138,7 @@ def _choose(
     drawn = [i for i, row in enumerate(rows) if row.request.sampling.temperature > 0]
     if len(drawn) == len(rows):
         return _draw(logits, rows, scans)
-    tokens = greatest(logits)
-    peaks = logits.gather(1, tokens[:, None])[:, 0]
+    tokens, peaks = greatest(logits)
     if drawn:
         where = upload(np.array(drawn), logits.device)
         tokens[where] = _draw(logits, rows, scans)[0][where]
@@ -153,12 +152,15 @@ def _or_minus_one(tokens: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
     return tokens.masked_fill(~peaks.isfinite(), -1)
 
 
-def greatest(logits: torch.Tensor) -> torch.Tensor:
-    """Index of each row's greatest logit, the first of equal ones, or of a NaN if there is one."""
+def greatest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of each row's greatest logit, the first of equal ones, or of a NaN if there is one; and that logit."""
     if logits.device.type == "cpu" and not logits.requires_grad:
         # the same rule, an order of magnitude faster than torch's on a CPU
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    return logits.argmax(-1)
+        values = logits.numpy()
+        found = values.argmax(-1)
+        return torch.from_numpy(found), torch.from_numpy(values[np.arange(len(found)), found])
+    found_there = logits.argmax(-1)
+    return found_there, logits.gather(1, found_there[:, None])[:, 0]
 
 
 def _failure(logits: torch.Tensor, row: Sequence) -> Exception:
