@@ -62,8 +62,9 @@ class ModelSettings(SettingGroup):
     context_length: int | None = Field(
         None,
         ge=2,
-        description="Most tokens of prompt and completion together. Unset: what the checkpoint allows, which is the most; of "
-        "a rotary embedding that changes with the longest sequence (dynamic, longrope), what it is before it changes.",
+        description="Most tokens of prompt and completion together. Unset: what the checkpoint allows, which is the "
+        "most; of a rotary embedding that changes with the longest sequence (dynamic, longrope), what it is before it "
+        "changes.",
         json_schema_extra=unit("tokens"),
     )
 
