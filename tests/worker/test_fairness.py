@@ -13,6 +13,7 @@ from inference_worker.engine.runner import Row
 from inference_worker.scripted_model import ScriptedRunner
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.own_engines import Obedient
+from tests.worker.own_worker import own_worker
 from tests.worker.served_worker import (
     Call,
     Refusal,
@@ -23,7 +24,6 @@ from tests.worker.served_worker import (
     refusal_of,
     serve_script,
 )
-from tests.worker.test_own_engine import own_worker
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 

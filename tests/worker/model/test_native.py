@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import gc
-import itertools
 import logging
 import math
-import os
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from inference_worker.engine.runner import OutOfMemory
-from inference_worker.model import fast_forward
 from inference_worker.model.awq import AwqLinear
 from inference_worker.model.batch import Span
 from inference_worker.model.decoder import FusedDecoder, fuse
 from inference_worker.model.native.decoder import NativeDecoder
-from inference_worker.model.native.matrix import Matrix, Unfit, arrange
-from inference_worker.model.runner import ModelRunner
+from inference_worker.model.native.matrix import Matrix, Unfit
 from tests.worker.model.awq_checkpoints import round_to_nearest
 from tests.worker.model.driver import Driver, generate, new_runner, new_sequence, prompt_of
+from tests.worker.model.native_models import QUANTIZABLE, logits_of, native_runner, quantize
 from tests.worker.model.test_decoder import FUSED, LENGTHS, NUM_TOKENS, randomise_vectors
 from tests.worker.model.tiny_models import CONTEXT, build, build_from, config
 
-# with whole blocks of 64 outputs, as 4-bit weights are fused in
-QUANTIZABLE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 UNKNOWN_TO_C = "llama, another activation"
 
 
 pytestmark = pytest.mark.usefixtures("native_library")
-
-
-def native_runner(model: PreTrainedModel, block_size: int = 4) -> ModelRunner:
-    runner = new_runner(model, block_size, native=True)
-    assert isinstance(runner._forward, NativeDecoder)
-    return runner
 
 
 @pytest.mark.parametrize("family", sorted(set(FUSED) - {UNKNOWN_TO_C}))
@@ -85,29 +69,6 @@ def test_half_precision_is_as_near_to_full_as_the_models_own(family: str) -> Non
     assert float((logits - exact).norm()) < 1.2 * float((own.float() - exact).norm())
 
 
-def logits_of(
-    runner: ModelRunner, prompts: list[list[int]], chunk: int = 1000
-) -> list[torch.Tensor]:
-    """Logits [tokens, vocabulary] of each prompt, all computed together, in chunks."""
-    driver = Driver(runner)
-    sequences = [new_sequence(ids) for ids in prompts]
-    for sequence in sequences:
-        driver.reserve(sequence, len(sequence.token_ids))
-    parts: list[list[torch.Tensor]] = [[] for _ in prompts]
-    for start in range(0, max(map(len, prompts)), chunk):
-        spans = [
-            (i, Span(s.token_ids, start, min(start + chunk, len(s.token_ids)), s.block_table))
-            for i, s in enumerate(sequences)
-            if start < len(s.token_ids)
-        ]
-        spans.sort(key=lambda pair: not pair[1].is_decode)
-        sizes = [span.stop - span.start for _, span in spans]
-        logits = runner.logits([span for _, span in spans], range(sum(sizes)))
-        for (i, _), rows in zip(spans, torch.split(logits, sizes), strict=True):
-            parts[i].append(rows)
-    return [torch.cat(rows) for rows in parts]
-
-
 @pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_is_computed_the_same_whatever_shares_its_step(
@@ -125,62 +86,6 @@ def test_a_token_is_computed_the_same_whatever_shares_its_step(
     for chunk in (1, 5, 1000):
         together = logits_of(runner, prompts, chunk)
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-def quantize(model: PreTrainedModel, group_size: int) -> None:
-    """Give a model's layers 4-bit weights, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            weights = round_to_nearest(module.weight, group_size, zero_point=True)
-            bias = None if module.bias is None else module.bias.detach()
-            model.set_submodule(name, AwqLinear.pack(weights, bias, model.dtype))
-
-
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_4_bit_weights_give_what_torch_makes_of_them(group_size: int, family: str) -> None:
-    """In float32 both compute with the very same weights; outputs are no whole number of tiles."""
-    sizes = {"hidden_size": group_size + 128, "intermediate_size": 384, "head_dim": 32}
-    model = randomise_vectors(build_from(config(family, **sizes)))
-    quantize(model, group_size)
-    prompts = [prompt_of(length) for length in (1, 2, 3, 50, 61)]
-    expected = logits_of(new_runner(model), prompts)
-    for found, wanted in zip(logits_of(native_runner(model), prompts), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
-
-
-def test_4_bit_weights_in_half_precision_are_as_near_to_full() -> None:
-    model = randomise_vectors(build_from(config("Qwen2", **QUANTIZABLE)))
-    half = copy.deepcopy(model).bfloat16()
-    ids = [prompt_of(34)]
-    for each in (model, half):
-        quantize(each, group_size=64)
-    exact, own, found = (
-        logits_of(runner, ids)[0].float()
-        for runner in (new_runner(model), new_runner(half), native_runner(half))
-    )
-    assert float((found - exact).norm()) < 1.2 * float((own - exact).norm())
-
-
-def test_each_code_is_where_c_reads_it() -> None:
-    codes = torch.randint(16, (32, 40), dtype=torch.uint8)
-    words = arrange(codes)
-    assert words.shape == (2, 5, 16)
-    for output, place in itertools.product(range(32), range(40)):
-        word = int(words[output // 16, place // 8, output % 16])
-        shift = place % 8 // 2 * 4 + place % 2 * 16
-        assert word >> shift & 15 == int(codes[output, place])
-
-
-def test_4_bit_weights_are_not_kept_twice() -> None:
-    model = build_from(config("Llama", **QUANTIZABLE))
-    quantize(model, group_size=64)
-    in_torch = [weakref.ref(m) for m in model.modules() if isinstance(m, AwqLinear)]
-    runner = native_runner(model)
-    del model
-    gc.collect()
-    assert {reference() for reference in in_torch} == {None}
-    assert len(logits_of(runner, [[1, 2, 3]])[0]) == 3
 
 
 def test_outputs_that_are_no_whole_block_are_not_for_c() -> None:
@@ -272,91 +177,6 @@ def test_models_that_it_does_not_know_run_in_torch_and_the_log_says_why(
         [line] = [x.getMessage() for x in caplog.records if "not in C" in x.message]
         assert line.startswith("steps run in torch, not in C: ")
         assert reason in line
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_threads", [2, 5])
-def test_threads_do_not_change_a_bit(dtype: torch.dtype, num_threads: int) -> None:
-    """More threads than cores, too, on sizes that give each of them something to do."""
-    model: PreTrainedModel = build_from(
-        config("Llama", hidden_size=256, intermediate_size=800, vocab_size=1003)
-    )
-    model.to(dtype)  # type: ignore[arg-type]
-    prompts = [prompt_of(length, vocabulary=1003) for length in (34, 1, 17)]
-    alone = logits_of(native_runner(model), prompts)
-    torch.set_num_threads(num_threads)
-    try:
-        runner = native_runner(model)
-        for chunk in (1, 5, 1000):
-            shared = logits_of(runner, prompts, chunk)
-            assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-    finally:
-        torch.set_num_threads(1)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_threads_end_with_their_decoder() -> None:
-    native_runner(build("llama"))  # torch has made its own threads after this
-    gc.collect()
-    before = num_threads_here()
-    runner = native_runner(build("llama"))
-    assert num_threads_here() == before + 1
-    runner.close()
-    gc.collect()
-    assert num_threads_here() == before
-
-
-def num_threads_here() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def test_more_threads_than_there_can_be_are_as_many_as_there_can(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("inference_worker.model.native.decoder._MOST_THREADS", 2)
-    torch.set_num_threads(5)
-    try:
-        forward = native_runner(build("llama"))._forward
-    finally:
-        torch.set_num_threads(1)
-    assert isinstance(forward, NativeDecoder)
-    assert forward._num_threads == 2
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(
-    ("limits", "dtype", "has_tiles", "is_for_c"),
-    [
-        ((10**6, 10**6, 1), torch.bfloat16, True, True),
-        ((1000, 10**6, 2), torch.bfloat16, False, True),
-        ((1000, 10**6, 2), torch.float32, True, True),
-        ((1000, 10**6, 2), torch.bfloat16, True, False),
-        ((1000, 10**6, 1), torch.float32, False, False),
-        ((1000, 1000, 2), torch.float32, False, False),
-    ],
-)
-def test_large_models_on_several_threads_are_for_torch(
-    limits: tuple[int, int, int],
-    dtype: torch.dtype,
-    has_tiles: bool,
-    is_for_c: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    names = ("_FEW_PARAMETERS", "_MANY_PARAMETERS", "_FEW_THREADS")
-    for name, limit in zip(names, limits, strict=True):
-        monkeypatch.setattr(fast_forward, name, limit)
-    monkeypatch.setattr(fast_forward, "has_tiles", lambda: has_tiles)
-    model: PreTrainedModel = build("llama")
-    model.to(dtype)  # type: ignore[arg-type]
-    forward = new_runner(model, native=True)._forward
-    assert isinstance(forward, NativeDecoder if is_for_c else FusedDecoder)
 
 
 def test_a_token_wanted_twice_or_out_of_order() -> None:
