@@ -236,7 +236,7 @@ async def test_rule_6_usage(http: httpx.AsyncClient, worker: ScriptedWorker, rou
     assert running[-1]["usage"] == usage
 
 
-# Rule 7 has a file of its own: test_error_table.py.
+# Rule 7 has files of its own: test_error_table.py and test_failure_midway.py.
 
 
 @BOTH

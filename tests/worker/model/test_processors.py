@@ -12,7 +12,7 @@ from inference_worker.model.native.compiler import CannotCompile, compile_librar
 from inference_worker.model.native.library import NativeLibrary
 from inference_worker.model.native.prebuilt import Build
 from inference_worker.model.native.scans import NativeScans
-from tests.worker.model import test_native, test_scans
+from tests.worker.model import test_native, test_native_awq, test_scans
 
 _, AVX512, AVX2 = prebuilt._BUILDS
 
@@ -40,7 +40,7 @@ def test_avx2_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         test_native.test_a_token_is_computed_the_same_whatever_shares_its_step(
             torch.float32, is_quantized
         )
-    test_native.test_4_bit_weights_give_what_torch_makes_of_them(32, "Qwen2")
+    test_native_awq.test_4_bit_weights_give_what_torch_makes_of_them(32, "Qwen2")
     test_native.test_what_is_no_number_stays_in_its_row(torch.float32)
     for vocabulary in (15, 700, 4109):
         test_scans.test_both_scans_find_the_same(vocabulary, NativeScans(library))
