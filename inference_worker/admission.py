@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from inference_worker.caller import ANYBODY, Caller
+from inference_worker.engine.load import Load
 from inference_worker.errors import (
     DeadlinePassed,
     Draining,
@@ -21,6 +22,7 @@ from inference_worker.errors import (
 )
 from inference_worker.forecast import Forecast
 from inference_worker.key_limits import MIN_RETRY_SECONDS, KeyLimits, KeyTicket
+from inference_worker.settings import WorkerSettings
 
 MAX_RETRY_SECONDS: Final = 5.0
 MAX_HOLD_SECONDS: Final = 0.05
@@ -39,6 +41,18 @@ class AdmissionLimits:
     total_blocks: int = 0  # of the KV cache; 0: nothing is known of any
     block_size: int = 1  # tokens
     max_waiting_kv: float = 4.0  # prompts of the waiting requests, in caches full
+
+    @classmethod
+    def of(cls, settings: WorkerSettings, load: Load) -> AdmissionLimits:
+        """Those of the settings, for an engine that says this of its KV cache."""
+        return cls(
+            settings.max_running,
+            settings.max_waiting,
+            settings.max_waiting_tokens,
+            load.total_blocks,
+            load.block_size,
+            settings.max_waiting_kv,
+        )
 
     @property
     def max_waiting_blocks(self) -> int:

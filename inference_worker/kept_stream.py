@@ -160,7 +160,9 @@ class KeptStream:
                     self._is_begun = True
                     number += 1
                     reader.move(number)
-                    yield self._shown(message, is_resumed=is_resumed, has_token_ids=has_token_ids)
+                    yield self.terms.shown(
+                        message, is_resumed=is_resumed, has_token_ids=has_token_ids
+                    )
                     reader.check()
                 if self.is_over:
                     break
@@ -176,7 +178,9 @@ class KeptStream:
         for there in range(number, self.replay.end):
             if (message := self.replay.read(there)) is None:  # joined meanwhile
                 break
-            yield self._shown(message, is_resumed=True, has_token_ids=self.terms.sends_token_ids)
+            yield self.terms.shown(
+                message, is_resumed=True, has_token_ids=self.terms.sends_token_ids
+            )
         if is_over and self._error is not None:
             raise self._error.alike()
 
@@ -190,17 +194,6 @@ class KeptStream:
         """Wait until its present reader has gone."""
         if self._reader is not None:
             await self._reader.left.wait()
-
-    def _shown(
-        self, message: pb.GenerateResponse, *, is_resumed: bool, has_token_ids: bool
-    ) -> pb.GenerateResponse:
-        """A message as its reader gets it."""
-        if message.HasField("delta"):
-            if not has_token_ids:
-                message.delta.ClearField("token_ids")
-        elif is_resumed and message.HasField("started") and self.terms.annotation:
-            message.started.annotation = self.terms.annotation
-        return message
 
     async def _fill(self, messages: Messages) -> None:
         async with self._turn:

@@ -40,6 +40,17 @@ class ResumeTerms:
         """What is kept besides the messages."""
         return len(self.annotation) + self.parked_bytes
 
+    def shown(
+        self, message: pb.GenerateResponse, *, is_resumed: bool, has_token_ids: bool
+    ) -> pb.GenerateResponse:
+        """A kept message as a reader gets it; changed in place."""
+        if message.HasField("delta"):
+            if not has_token_ids:
+                message.delta.ClearField("token_ids")
+        elif is_resumed and message.HasField("started") and self.annotation:
+            message.started.annotation = self.annotation
+        return message
+
 
 def read_terms(message: pb.GenerateRequest) -> ResumeTerms | None:
     """What a request asks to be kept, or None if nothing. Raises: InvalidField."""

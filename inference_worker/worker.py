@@ -80,16 +80,7 @@ class Worker:
         self._max_tokenize_bytes = settings.max_tokenize_bytes or self.context_length * (
             served.tokenizer.max_token_bytes or _UNBOUNDED_TOKEN_BYTES
         )
-        self._admission = Admission(
-            AdmissionLimits(
-                settings.max_running,
-                settings.max_waiting,
-                settings.max_waiting_tokens,
-                total_blocks=self._engine.load.total_blocks,
-                block_size=self._engine.load.block_size,
-                max_waiting_kv=settings.max_waiting_kv,
-            )
-        )
+        self._admission = Admission(AdmissionLimits.of(settings, self._engine.load))
         self._side_calls = SideCalls(settings.max_waiting, self._admission.retry_after)
         self.metrics.registry.register(
             LoadMetrics(
