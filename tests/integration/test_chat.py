@@ -17,9 +17,10 @@ import pytest
 
 from tests.integration.stack import PATIENCE, ROOT, Stack
 
-# Makes the terminal the one whose Ctrl-C reaches it.
+# Makes the terminal the one whose Ctrl-C reaches it, also where whoever runs the tests is deaf to that.
 _ON_TERMINAL = (
-    "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "import fcntl, runpy, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "signal.signal(signal.SIGINT, signal.default_int_handler);"
     "runpy.run_module('edge.chat', run_name='__main__')"
 )
 
