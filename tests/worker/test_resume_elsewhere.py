@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from inference_worker.replay import MESSAGE_OVERHEAD
 from protos.sluice.v1 import generation_pb2 as pb
 from tests.worker.kept_calls import SLOW, begin, kept, numbers, resume, untimed, window
 from tests.worker.served_worker import (
@@ -182,7 +183,9 @@ async def test_what_is_kept_for_other_workers_is_bounded(
         assert not resumed.HasField("request")
         rest = await read_rest(call)
         assert kinds(rest) == ["finished"]
-        assert worker.worker.num_kept[1] <= settings.get("replay_bytes", 2**20)
+        # room is made for a message while the limit is reached, and only then: one more may be there
+        one_more = max(message.ByteSize() for message in messages) + MESSAGE_OVERHEAD
+        assert worker.worker.num_kept[1] < settings.get("replay_bytes", 2**20) + one_more
 
 
 async def test_who_resumes_sees_no_token_ids_that_were_for_a_continuation() -> None:
