@@ -8,8 +8,8 @@ TORCH_INDEX_URL ?=
 PIP_INSTALL := .venv/bin/python -m pip install --no-warn-script-location -c constraints.txt
 # llama.cpp's server, for `make bench`.
 LLAMA_SERVER ?= $(shell command -v llama-server)
-# Test files that run side by side.
-TEST_PROCESSES ?= 2
+# Test files that run side by side. Many of them wait more than they compute, so two cores have time for a third.
+TEST_PROCESSES ?= 3
 # Real processes on a busy machine: a test that fails is tried once more, and the summary says why it failed at first.
 PYTEST := .venv/bin/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --reruns 1 -r aR
 VENV := .venv

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import select
 import subprocess
 import sys
@@ -16,14 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from tests.integration.stack import PATIENCE, ROOT, Stack
-
-# Makes the terminal the one whose Ctrl-C reaches it, also where whoever runs the tests is deaf to that.
-_ON_TERMINAL = (
-    "import fcntl, runpy, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-    "signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "runpy.run_module('edge.chat', run_name='__main__')"
-)
-
+from tests.integration.terminal import start_on_terminal
 
 SCRIPT = (
     "The quick brown fox"  # how every answer of the slow stack begins, which none of them ends soon
@@ -34,16 +26,8 @@ class Terminal:
     """`python -m edge.chat` with a person in front of it."""
 
     def __init__(self, *arguments: str) -> None:
-        self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _ON_TERMINAL, *arguments],
-            cwd=ROOT,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-        )
-        os.close(slave)
+        command = [sys.executable, "-m", "edge.chat", *arguments]
+        self.process, self._master = start_on_terminal(command)
         self.text = ""
 
     def type(self, text: str) -> None:

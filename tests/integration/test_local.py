@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import select
 import signal
 import socket
@@ -21,6 +20,7 @@ import edge.terminal
 import inference_worker.terminal
 from tests.free_port import free_port
 from tests.integration.stack import PATIENCE, ROOT
+from tests.integration.terminal import start_on_terminal
 
 # what is installed here is what is tested, wherever it is
 MAKE = [
@@ -40,10 +40,7 @@ class Terminal:
 
     def __init__(self, command: list[str], **settings: object) -> None:
         self.output = ""
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execvpe(command[0], command, environment(**settings))  # noqa: S606
+        self.process, self.descriptor = start_on_terminal(command, environment(**settings))
 
     def read_until(self, text: str) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -62,7 +59,7 @@ class Terminal:
                 self.output += os.read(self.descriptor, 65536).decode(errors="replace")
             except OSError:  # nobody holds the other end any more
                 break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait()
 
 
 def test_make_run_serves_and_stops_cleanly_on_ctrl_c() -> None:
@@ -77,7 +74,7 @@ def test_make_run_serves_and_stops_cleanly_on_ctrl_c() -> None:
         url = f"http://localhost:{edge_port}/v1/completions"
         answer = httpx.post(url, json=body, timeout=PATIENCE, trust_env=False)
         assert answer.json()["usage"]["completion_tokens"] == 3
-        family = psutil.Process(terminal.pid).children(recursive=True)
+        family = psutil.Process(terminal.process.pid).children(recursive=True)
         assert len(family) >= 3  # the launcher, the worker, the edge
     finally:
         terminal.type("\x03")
@@ -102,7 +99,7 @@ def test_in_the_background_it_leaves_the_terminal_alone_and_ends_with_it() -> No
     command = start_in_background(sys.executable, "deploy/local.py")
     terminal = Terminal(command, **ports, PS1="")
     terminal.read_until("Ctrl-C stops it.")
-    family = psutil.Process(terminal.pid).children(recursive=True)
+    family = psutil.Process(terminal.process.pid).children(recursive=True)
     assert len(family) >= 3
     (launcher,) = [p for p in family if "deploy/local.py" in p.cmdline()]
     launcher.send_signal(signal.SIGHUP)  # what the end of a terminal sends
@@ -116,24 +113,17 @@ def test_in_the_background_it_leaves_the_terminal_alone_and_ends_with_it() -> No
     [("edge", "edge listening"), ("inference_worker.scripted_model", '"ready"')],
 )
 def test_a_hangup_ends_a_process_with_its_terminal_and_never_else(module: str, ready: str) -> None:
-    process = Terminal([sys.executable, "-m", module, "--port=0"])
-    status = None
+    terminal = Terminal([sys.executable, "-m", module, "--port=0"])
     try:
-        process.read_until(ready)
-        os.kill(process.pid, signal.SIGHUP)  # as to any server: read your files again
-        process.read_until("nothing to reload")
-        os.close(process.descriptor)
-        deadline = time.monotonic() + PATIENCE
-        while status is None and time.monotonic() < deadline:
-            ended, found = os.waitpid(process.pid, os.WNOHANG)
-            status = found if ended else None
-            time.sleep(0.01)
+        terminal.read_until(ready)
+        terminal.process.send_signal(signal.SIGHUP)  # as to any server: read your files again
+        terminal.read_until("nothing to reload")
+        os.close(terminal.descriptor)
+        status = terminal.process.wait(PATIENCE)  # it does not outlive its terminal
     finally:
-        if status is None:
-            os.kill(process.pid, signal.SIGKILL)
-            os.waitpid(process.pid, 0)
-    assert status is not None, "it outlived its terminal"
-    assert os.WIFEXITED(status), "it was not ended, but killed"
+        terminal.process.kill()
+        terminal.process.wait()
+    assert status >= 0, "it was not ended, but killed"
 
 
 @pytest.mark.parametrize("module", [edge.terminal, inference_worker.terminal])
