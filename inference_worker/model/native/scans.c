@@ -143,8 +143,7 @@ typedef struct {
     double above;    /* the mass from `high` on, which is not enough */
 } bracket;
 
-/* Halves the bracket in which the last survivor lies. Of the mass `above` it as much as `others` is not of these
- * scores. */
+/* Halves the bracket in which the last survivor lies. `others` is the mass above it that is not of these scores. */
 static bracket narrow_down(bracket b, const float *scores, const float *weights, int64_t count, double wanted,
                            double others, int halvings) {
     for (; halvings > 0; halvings--) {
@@ -221,8 +220,8 @@ static int64_t invert(const float *scores, const float *weights, int64_t vocabul
 }
 
 /* Tokens of the rows with these numbers, drawn from all that they hold, or from what top-p (`shares`, 1 for none) and
- * the `floors` of the scores leave of it. `scores` and `weights` are room for as many numbers as a row has, and `room` for
- * twice as many, rounded up to LANES; for `ends` see `invert`. */
+ * the `floors` of the scores leave of it. `scores` and `weights` are room for as many numbers as a row has, and `room`
+ * for twice as many, rounded up to LANES; for `ends` see `invert`. */
 void draw_from_rows(int64_t vocabulary, int64_t count, const float *logits, const int64_t *numbers, const float *peaks,
                     const float *temperatures, const double *shares, const float *floors, const double *u,
                     float *scores, float *weights, float *room, double *ends, int64_t *tokens) {
